@@ -1,0 +1,1 @@
+"""Data modules, the built-in demo corpus and the demo model."""

@@ -1,0 +1,236 @@
+"""``qat inspect``: what an artifact holds, read from its JSON files and safetensors headers only."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qat.errors import UserError
+from qat.safetensors_header import BITS, BrokenHeader, TensorEntry, read_header
+
+PARTS = (
+    "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
+    "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale",
+    "weight", "bias",
+)  # fmt: skip
+"""Last components of the names that compressed-tensors writes for one layer."""
+COUNTED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale")
+"""What bits per weight counts, beside `weight` where codes are stored unpacked."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer or bare parameter; rows of equal content are merged for the table."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: str
+    group: str
+    numel: int
+    counted_bytes: int
+    nbytes: int
+
+    @property
+    def quantized(self) -> bool:
+        """Whether codes are stored instead of values."""
+        return self.group != "-"
+
+
+def inspect(directory: Path, every_layer: bool = False) -> str:
+    """A readable summary of an artifact: architecture, scheme, layers, sizes.
+
+    Args:
+        directory: the artifact.
+        every_layer: one row per layer instead of one per kind (numbers in names become ``*``).
+
+    Raises:
+        UserError: no ``config.json``, one that is not JSON, or a broken safetensors file.
+    """
+    config = _json(directory / "config.json", directory)
+    rows: list[Row] = []
+    sizes = {
+        path.relative_to(directory).as_posix(): path.stat().st_size
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    quantization = config.get("quantization_config") or {}
+    for name in sizes:
+        if not name.endswith(".safetensors"):
+            continue
+        try:
+            rows += _rows(directory / name, quantization)
+        except BrokenHeader as error:
+            raise UserError(f"{directory / name}: {error}") from error
+    lines = [f"{directory}", "", *_architecture(config), *_scheme(quantization), ""]
+    lines += _table(rows if every_layer else None, rows) + [""] + _totals(rows) + [""]
+    lines += _aligned([(n, f"{s:,} bytes") for n, s in sizes.items()])
+    lines += _aligned([("total", f"{sum(sizes.values()):,} bytes")])
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _json(path: Path, directory: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{directory}: not an artifact, it has no {path.name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a JSON object is expected")
+    return content
+
+
+def _architecture(config: dict[str, Any]) -> list[str]:
+    names = config.get("architectures") or [config.get("model_type", "unknown")]
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    facts = [f"{key}={config[key]}" for key in keys if key in config]
+    return [f"architecture  {', '.join(names)}" + (f"  ({', '.join(facts)})" if facts else "")]
+
+
+def _scheme(quantization: dict[str, Any]) -> list[str]:
+    if not quantization:
+        return ["scheme        not quantized"]
+    method = quantization.get("quant_method", "unknown")
+    lines = [f"scheme        {method}, format {quantization.get('format', 'unknown')}"]
+    for group in (quantization.get("config_groups") or {}).values():
+        targets = ", ".join(group.get("targets") or ["?"])
+        lines.append(f"              {targets}: {_describe('weights', group.get('weights'))}")
+        if group.get("input_activations"):
+            inputs = _describe("inputs", group["input_activations"])
+            lines.append(f"              {' ' * len(targets)}  {inputs}")
+    ignored = quantization.get("ignore") or []
+    if ignored:
+        more = f" and {len(ignored) - 8} more" if len(ignored) > 8 else ""
+        lines.append(f"kept          {', '.join(ignored[:8])}{more}")
+    return lines
+
+
+def _describe(what: str, args: dict[str, Any] | None) -> str:
+    if not args:
+        return f"{what} in 16 bit"
+    strategy = str(args.get("strategy", "tensor"))
+    if strategy == "group":
+        strategy = f"group of {args.get('group_size')}"
+    signs = "symmetric" if args.get("symmetric", True) else "asymmetric"
+    dynamic = ", dynamic" if args.get("dynamic") else ""
+    return (
+        f"{what} {args.get('type', 'int')}{args.get('num_bits', '?')} {signs}, {strategy}{dynamic}"
+    )
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+def _rows(path: Path, quantization: dict[str, Any]) -> list[Row]:
+    """One row per layer, in the order of the file."""
+    layers: dict[str, dict[str, TensorEntry]] = {}
+    for entry in read_header(path).tensors:
+        prefix, _, part = entry.name.rpartition(".")
+        if part in PARTS:
+            layers.setdefault(prefix, {})[part] = entry
+        else:
+            layers.setdefault(entry.name, {})["weight"] = entry
+    rows = []
+    for name, parts in layers.items():
+        codes = parts.get("weight_packed") or parts.get("weight")
+        if codes is None:  # a bias or a scale alone, in another shard than its weight
+            codes = next(iter(parts.values()))
+        if "weight_scale" in parts and codes is not parts["weight_scale"]:
+            rows.append(_quantized_row(path, name, parts, codes, quantization))
+        else:
+            size = sum(part.nbytes for part in parts.values())
+            rows.append(Row(name, codes.shape, codes.dtype, "-", codes.numel, 0, size))
+    return rows
+
+
+def _quantized_row(
+    path: Path,
+    name: str,
+    parts: dict[str, TensorEntry],
+    codes: TensorEntry,
+    quantization: dict[str, Any],
+) -> Row:
+    spec = _weight_spec(name, quantization)
+    shape = codes.shape
+    if "weight_shape" in parts:
+        shape = _int64s(path, parts["weight_shape"])
+    numel = 1
+    for extent in shape:
+        numel *= extent
+    # stored bits, from the sizes, where the configuration does not say
+    bits = spec.get("num_bits") or codes.nbytes * 8 // max(numel, 1)
+    scale = parts["weight_scale"]
+    per_row = scale.shape[-1] if scale.shape else 1
+    if scale.numel == 1 and numel > 1 and spec.get("strategy", "tensor") == "tensor":
+        group = "tensor"
+    elif per_row == 1:
+        group = "channel"
+    else:
+        group = str(-(-shape[-1] // per_row))
+    counted = sum(p.nbytes for k, p in parts.items() if k in COUNTED or p is codes)
+    kind = f"{spec.get('type', 'int')}{bits}"
+    total = sum(part.nbytes for part in parts.values())
+    return Row(name, tuple(shape), kind, group, numel, counted, total)
+
+
+def _int64s(path: Path, entry: TensorEntry) -> tuple[int, ...]:
+    with path.open("rb") as file:
+        file.seek(entry.begin)
+        raw = file.read(entry.nbytes)
+    width = BITS[entry.dtype] // 8
+    cells = range(0, len(raw), width)
+    return tuple(int.from_bytes(raw[i : i + width], "little") for i in cells)
+
+
+def _weight_spec(name: str, quantization: dict[str, Any]) -> dict[str, Any]:
+    """The weight arguments that compressed-tensors applies to a layer: names before classes."""
+    groups = list((quantization.get("config_groups") or {}).values())
+    by_class = None
+    for group in groups:
+        for target in group.get("targets") or []:
+            is_pattern = target.startswith("re:")
+            if target == name or (is_pattern and re.match(target[3:], name)):
+                return group.get("weights") or {}
+            if not is_pattern and "." not in target and by_class is None:
+                by_class = group.get("weights") or {}
+    return by_class or {}
+
+
+# --- printing ------------------------------------------------------------------------------------
+
+
+def _table(every: list[Row] | None, rows: list[Row]) -> list[str]:
+    """Aligned table: all rows, or rows merged over the numbers in their names."""
+    merged: dict[tuple[Any, ...], list[Row]] = {}
+    for row in every if every is not None else rows:
+        pattern = row.name if every is not None else re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
+        merged.setdefault((pattern, row.shape, row.bits, row.group), []).append(row)
+    cells = [("layer", "count", "shape", "bits", "group", "bytes")]
+    for (pattern, shape, bits, group), same in merged.items():
+        size = sum(row.nbytes for row in same)
+        shown = " x ".join(map(str, shape)) or "scalar"
+        cells.append((pattern, str(len(same)), shown, bits, group, f"{size:,}"))
+    return _aligned(cells)
+
+
+def _totals(rows: list[Row]) -> list[str]:
+    quantized = [row for row in rows if row.quantized]
+    weights = sum(row.numel for row in quantized)
+    everything = sum(row.numel for row in rows)
+    lines = [f"parameters       {everything:,} in matrices, embeddings and norms"]
+    if quantized:
+        bits = sum(row.counted_bytes for row in quantized) * 8 / weights
+        lines.append(f"quantized        {weights:,} ({weights / everything:.1%})")
+        lines.append(f"bits per weight  {bits:.4f} (codes, scales and zero points)")
+    return lines
+
+
+def _aligned(cells: Iterable[tuple[str, ...]]) -> list[str]:
+    table = list(cells)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        for row in table
+    ]

@@ -1,0 +1,152 @@
+"""Modules that make a network compute with quantized weights and inputs while it trains.
+
+- `FakeQuantLinear` stands in for an ``nn.Linear`` and shares its parameters.
+- `WeightFakeQuant` is the weight's quantizer; weights that do not belong to an ``nn.Linear``
+  (3-D experts, subclasses of Linear) get it as a `torch.nn.utils.parametrize` parametrization,
+  which leaves the owner's forward as it is.
+- `RoundTo` is the parametrization of everything that is kept: the forward pass sees it in the
+  dtype in which it will be saved.
+
+Shapes: x [..., K], weight [N, K] or [E, N, K].
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+
+from qat.errors import UserError
+from qat.observers import RangeObserver
+from qat.scheme import ObserverConfig
+from qat_kernels import QuantSpec
+from qat_kernels.fake_quant import (
+    fake_quantize_activation_ste,
+    fake_quantize_ste,
+    round_to_ste,
+)
+from qat_kernels.numerics import token_scale
+
+
+class Quantizer(nn.Module):
+    """Base of the fake quantizers: a switch that lives in a buffer, mirrored for the forward pass.
+
+    The mirror spares each forward a synchronization with the device.
+    """
+
+    enabled: Tensor
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self._active = True
+        self.register_buffer("enabled", torch.ones((), dtype=torch.bool))
+        self.register_load_state_dict_post_hook(lambda module, _: module.enable(module.enabled))
+
+    def enable(self, on: bool | Tensor) -> None:
+        """Switch quantization on or off."""
+        self._active = bool(on)
+        self.enabled.fill_(self._active)
+
+
+class WeightFakeQuant(Quantizer):
+    """Fake-quantizes a weight [..., N, K], in fp32, with the straight-through gradient."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """The weight that the layer multiplies with; under autocast in the autocast dtype."""
+        if not self._active:
+            return w
+        dtype = w.dtype
+        if torch.is_autocast_enabled(w.device.type):
+            # the matmul would cast it anyway: rounding here saves a pass and a copy
+            dtype = torch.get_autocast_dtype(w.device.type)
+        return fake_quantize_ste(w, self.spec, dtype)
+
+
+class InputFakeQuant(Quantizer):
+    """Fake-quantizes a layer's input: dynamic int8 per token, or static with an observer."""
+
+    def __init__(self, spec: QuantSpec, observer: ObserverConfig) -> None:
+        super().__init__(spec)
+        self.observer = None if spec.dynamic else RangeObserver(observer)
+        self.calibrating = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] as the quantized layer sees it; while calibrating, x is only observed."""
+        if self.observer is not None and (self.training or self.calibrating):
+            self.observer.observe(x)
+        if self.calibrating or not self._active:
+            return x
+        if self.spec.dynamic and x.ndim != 3:
+            # compressed-tensors reduces over all but the first two axes: the rows of a [T, K] input
+            # would share one scale there, and a token's result would depend on its neighbours
+            raise UserError(
+                f"scheme.input.dynamic=true: a layer of this model gets inputs of {x.ndim} axes, "
+                "not [batch, token, feature], and readers would not quantize them per token. Use "
+                "dynamic=false granularity=tensor, or keep these layers by a rule"
+            )
+        return fake_quantize_activation_ste(x, self.scale(x), self.spec)
+
+    def scale(self, x: Tensor | None = None) -> Tensor:
+        """fp32 scale: scalar for static, [..., 1] for dynamic (which needs x)."""
+        if self.observer is not None:
+            return self.observer.scale(self.spec)
+        assert x is not None
+        return token_scale(x)
+
+
+class FakeQuantLinear(nn.Linear):
+    """An ``nn.Linear`` whose weight, and input where asked, is fake-quantized; shares the weight."""
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        weight: QuantSpec,
+        input_spec: QuantSpec | None,
+        observer: ObserverConfig,
+    ) -> None:
+        # not Linear.__init__: it would allocate a second weight
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.weight_fake_quant = WeightFakeQuant(weight)
+        self.input_fake_quant = None if input_spec is None else InputFakeQuant(input_spec, observer)
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x_hat W_hat^T + b, [..., N]."""
+        if self.input_fake_quant is not None:
+            x = self.input_fake_quant(x)
+        return functional.linear(x, self.weight_fake_quant(self.weight), self.bias)
+
+
+class RoundTo(nn.Module):
+    """Parametrization that shows a kept parameter rounded to the dtype in which it is saved."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x rounded to ``dtype``, in x's dtype; the gradient passes unchanged."""
+        return round_to_ste(x, self.dtype)
+
+
+def parametrization_of(module: nn.Module, name: str) -> nn.Module | None:
+    """The project's parametrization of a parameter of ``module``, or None."""
+    if parametrize.is_parametrized(module, name):
+        added: nn.Module = module.parametrizations[name][0]  # type: ignore[index, union-attr]
+        return added
+    return None
+
+
+def set_enabled(model: nn.Module, on: bool) -> None:
+    """Switch all fake quantizers of a prepared model on or off."""
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.enable(on)
+
+
+def observers(model: nn.Module) -> list[RangeObserver]:
+    """All observers of a prepared model, in module order."""
+    return [module for module in model.modules() if isinstance(module, RangeObserver)]

@@ -1,0 +1,145 @@
+"""Metrics: a CSV that survives every interruption, and Weights & Biases.
+
+Lightning's own CSV logger deletes earlier rows when a run resumes; this one appends, and drops
+exactly those rows that the resumed run is about to write again.
+"""
+
+import csv
+import os
+from argparse import Namespace
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+COLUMNS = ("phase", "step", "metric", "value")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases; online when a key is set up, else offline."""
+
+    project: str = "qat-lightning"
+    """Project that the run belongs to."""
+    name: str | None = None
+    """Name of the run; null lets W&B choose."""
+    entity: str | None = None
+    """Team or user; null takes the key's default."""
+    upload_artifact: bool = True
+    """Log the final artifact as a W&B artifact."""
+
+
+class MetricsCsv(Logger):
+    """Appends ``phase,step,metric,value`` rows to a file; values at full precision."""
+
+    def __init__(self, path: Path, phase: str) -> None:
+        super().__init__()
+        self.path = path
+        self.phase = phase
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """The phase that writes."""
+        return self.phase
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kw: Any) -> None:
+        """Nothing: the run's config.yaml holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one row for each metric and flush, so that a killed run loses nothing."""
+        new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(COLUMNS)
+            writer.writerows([self.phase, step, k, repr(float(v))] for k, v in metrics.items())
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drop this phase's rows after ``step``, and a last row that was cut off in writing."""
+        if not self.path.exists():
+            return
+        with self.path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)]
+        kept = [
+            row
+            for row in rows[1:]
+            if row[0] != self.phase or (row[1].isdigit() and int(row[1]) <= step)
+        ]
+        temporary = self.path.with_suffix(".csv.tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([list(COLUMNS), *kept])
+        os.replace(temporary, self.path)
+
+
+def read_metrics(path: Path) -> list[tuple[str, int, str, float]]:
+    """Rows (phase, step, metric, value) of a metrics.csv."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            (row["phase"], int(row["step"]), row["metric"], float(row["value"]))
+            for row in csv.DictReader(file)
+        ]
+
+
+def wandb_online() -> bool:
+    """Whether a W&B key is set up and nothing asks to stay offline."""
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode:
+        return mode == "online"
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import wandb
+
+    return bool(wandb.api.api_key)
+
+
+def wandb_logger(
+    kind: Literal["wandb", "none"], config: WandbConfig, directory: Path, resolved: Any
+) -> WandbLogger | None:
+    """Lightning's W&B logger with the run's configuration, or None for ``logger=none``."""
+    if kind == "none":
+        return None
+    offline = not wandb_online()
+    logger = WandbLogger(
+        project=config.project,
+        name=config.name,
+        entity=config.entity,
+        save_dir=str(directory),
+        offline=offline,
+        id=_run_id(directory),
+        resume=None if offline else "allow",
+    )
+    if is_dataclass(resolved) and not isinstance(resolved, type):
+        logger.log_hyperparams(asdict(resolved))
+    return logger
+
+
+def _run_id(directory: Path) -> str:
+    """The run's W&B id: made once and kept beside the run, so that a resumed run is the same."""
+    path = directory / "wandb_id"
+    if not path.exists():
+        import wandb
+
+        path.write_text(wandb.util.generate_id(), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def log_artifact(logger: WandbLogger | None, config: WandbConfig, artifact: Path) -> None:
+    """Log the finished artifact directory as a W&B artifact of type ``model``."""
+    if logger is None or not config.upload_artifact:
+        return
+    import wandb
+
+    item = wandb.Artifact(f"{artifact.parent.name}-artifact", type="model")
+    # immutable: W&B reads the files where they lie instead of copying them first
+    item.add_dir(str(artifact), policy="immutable")
+    logger.experiment.log_artifact(item)

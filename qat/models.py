@@ -1,0 +1,109 @@
+"""Loading a causal language model and its tokenizer, with errors that say what to do."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from qat.errors import UserError, nearest
+
+
+def load_config(model: str) -> PreTrainedConfig:
+    """The configuration of a Hugging Face id or local directory.
+
+    Raises:
+        UserError: nothing there, not a transformers model, or already quantized.
+    """
+    path = Path(model)
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    if path.exists() or looks_local:
+        _check_directory(path, model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model={model}: cannot be loaded ({first}). Give a local directory that holds "
+            "config.json and safetensors, or a Hugging Face id that this machine can reach"
+        ) from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UserError(
+            f"model={model}: already quantized ({method}); training starts from a 16- or 32-bit "
+            "model. Give the original"
+        )
+    return config
+
+
+def _check_directory(path: Path, model: str) -> None:
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(path.name, siblings)
+        hint = f"; did you mean {path.parent / near}?" if near else ""
+        raise UserError(f"model={model}: no such directory{hint}")
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"model={model}: holds no config.json; a model directory as save_pretrained writes it "
+            "is needed"
+        )
+
+
+def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal LM with its weights in ``dtype`` (fp32 master weights by default), in eval mode.
+
+    Raises:
+        UserError: see `load_config`; also when the weights are missing or do not fit.
+    """
+    config = load_config(model)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"model={model}: the weights cannot be loaded ({first})") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model={model}: {len(missing)} weights are missing, the first is {missing[0]}; they "
+            "would be random. Check that the directory is complete"
+        )
+    loaded.eval()
+    return loaded
+
+
+def meta_model(model: str) -> PreTrainedModel:
+    """The model without its weights, on the meta device: for coverage and memory predictions."""
+    config = load_config(model)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    skeleton.tie_weights()
+    return skeleton
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model.
+
+    Raises:
+        UserError: the model has none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model={model}: no tokenizer can be loaded ({first}). Put tokenizer.json and "
+            "tokenizer_config.json beside the weights"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False) or len(tokenizer) < 2:
+        raise UserError(f"model={model}: no fast tokenizer (tokenizer.json) in it")
+    return tokenizer

@@ -1,0 +1,202 @@
+"""The Lightning module: one training step for plain, quantization-aware and static-W8A8 runs.
+
+The three differ only in what `qat.prepare` did to the model. The loss of an optimizer step is the
+mean over all its target tokens, on all devices and micro-batches together: each micro-batch's sum
+is divided by the step's token count, which the data module puts into the batch. So the same step
+comes out for every split into devices and micro-batches, up to the order of additions.
+
+Whatever varies with time is a function of the optimizer step alone (random streams, the step where
+fake-quantization sets in, the step where observers freeze), so that a resumed run cannot differ.
+
+Batch (B blocks of S tokens): input_ids, labels, position_ids int64 [B, S]; labels are the next
+tokens, -100 where there is none; segment_ids int32 [B, S]; loss_tokens int64 scalar.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.nn import functional
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from qat.fake_quant import observers, set_enabled
+from qat.optim import OptimConfig, build_optimizer, build_schedule
+from qat.packing import attention_mask
+from qat.prepare import quantized_parameters
+from qat_kernels import fake_quantize
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Optimizer steps at which the quantizers change."""
+
+    enable_after_steps: int = 0
+    """Fake-quantization is off before this step."""
+    freeze_after_steps: int | None = None
+    """Observers stop moving from this step on."""
+
+
+def forward_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits [B, S, V] of packed blocks; documents in a block do not see each other."""
+    mask = attention_mask(batch["segment_ids"], model.config, model.dtype)
+    output = model(
+        input_ids=batch["input_ids"],
+        attention_mask=mask,
+        position_ids=batch["position_ids"],
+        use_cache=False,
+    )
+    logits: Tensor = output.logits
+    return logits
+
+
+def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the token losses in nats, fp32 scalar; logits [B, S, V], labels [B, S]."""
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+@torch.no_grad()
+def quantization_error(model: torch.nn.Module) -> dict[str, float]:
+    """Relative error ||w - w_hat|| / ||w|| of each quantized weight, by parameter name."""
+    errors = {}
+    for item in quantized_parameters(model):
+        weight = item.weight.detach().float()
+        difference = fake_quantize(weight, item.quantizer.spec).sub_(weight)
+        errors[item.name] = float(difference.norm() / weight.norm().clamp_min(1e-30))
+    return errors
+
+
+class CausalLMModule(LightningModule):
+    """Next-token training of a causal LM, prepared or plain.
+
+    Args:
+        model: the model, with fp32 master weights.
+        optim: optimizer and schedule.
+        max_steps: optimizer steps of the run (the length of the schedule).
+        seed: seed of the random streams (dropout), one for each micro-batch and rank.
+        timing: when quantizers change; ignored by a plain model.
+        log_every_steps: optimizer steps between two logged losses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optim: OptimConfig,
+        max_steps: int,
+        seed: int,
+        timing: Timing | None = None,
+        log_every_steps: int = 1,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optim = optim
+        self.max_steps = max_steps
+        self.seed = seed
+        self.timing = timing or Timing()
+        self.log_every_steps = log_every_steps
+        self.step_loss = 0.0
+        self.grad_norm = 0.0
+        self.validation_sums = torch.zeros(2, dtype=torch.float64)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer, and its schedule by optimizer step."""
+        optimizer = build_optimizer(self.model, self.optim)
+        schedule = build_schedule(optimizer, self.optim, self.max_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_train_start(self) -> None:
+        """Training mode for the wrapped model, which transformers loads in eval mode."""
+        self.model.train()
+        self.model.config.use_cache = False
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set everything that depends on time from the step number."""
+        accumulate = self.trainer.accumulate_grad_batches
+        step, micro = self.global_step, batch_idx % accumulate
+        stream = (step * accumulate + micro) * self.trainer.world_size + self.global_rank
+        torch.manual_seed((self.seed << 32) ^ stream)
+        if micro == 0:
+            set_enabled(self.model, step >= self.timing.enable_after_steps)
+            freeze = self.timing.freeze_after_steps
+            for observer in observers(self.model):
+                observer.frozen.fill_(freeze is not None and step >= freeze)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """This micro-batch's share of the step's mean token loss."""
+        share = loss_sum(forward_logits(self.model, batch), batch["labels"]) / batch["loss_tokens"]
+        self.step_loss += share.detach()
+        # Lightning divides by the micro-batches, DDP by the processes; the share needs neither
+        return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm, and keep the norm for the log."""
+        limit = self.optim.clip_norm or torch.inf
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """At the end of an optimizer step: commit observers, log."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        for observer in observers(self.model):
+            observer.commit()
+        step = self.global_step
+        if step % self.log_every_steps == 0 or step == self.max_steps:
+            loss = float(self.trainer.strategy.reduce(self.step_loss, reduce_op="sum"))
+            if not torch.isfinite(torch.tensor(loss)):
+                raise RuntimeError(
+                    f"the loss is {loss} at step {step}: training diverged. Lower optim.lr, "
+                    "raise optim.warmup_steps, or lower optim.clip_norm, and start again"
+                )
+            self.log("loss", loss, prog_bar=True, logger=False)
+            # the schedule has already stepped; this step ran with the previous value
+            factor = self.lr_schedulers().lr_lambdas[0](step - 1)  # type: ignore[union-attr]
+            self._write(
+                {
+                    "train_loss": loss,
+                    "lr": self.optim.lr * factor,
+                    "grad_norm": float(self.grad_norm),
+                }
+            )
+        self.step_loss = 0.0
+
+    def on_validation_start(self) -> None:
+        """Start the sums anew."""
+        self.validation_sums.zero_()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one batch to the sums."""
+        total = loss_sum(forward_logits(self.model, batch), batch["labels"])
+        count = (batch["labels"] != -100).sum()
+        self.validation_sums += torch.stack([total.double().cpu(), count.double().cpu()])
+
+    def on_validation_epoch_end(self) -> None:
+        """Validation loss over all processes, and the quantization error of each layer."""
+        sums = self.trainer.strategy.reduce(
+            self.validation_sums.to(self.device, torch.float32), reduce_op="sum"
+        )
+        loss = float(sums[0] / sums[1])
+        self.log("val_loss", loss, prog_bar=True, logger=False, rank_zero_only=True)
+        if self.trainer.is_global_zero:
+            errors = quantization_error(self.model)
+            self._write(
+                {"val_loss": loss} | {f"quant_error/{name}": e for name, e in errors.items()}
+            )
+
+    def _write(self, metrics: dict[str, float]) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.global_step)

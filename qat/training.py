@@ -1,0 +1,183 @@
+"""`fit`: one training phase through Lightning, resumable at any moment."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+
+from qat.errors import UserError
+from qat.loggers import MetricsCsv
+from qat.module import CausalLMModule
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How the training loop runs."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    devices: int = 1
+    """Devices (processes) on each machine."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """How devices share the work."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Arithmetic of the matmuls; master weights, optimizer and quantizers are fp32 in both."""
+    global_batch_size: int = 16
+    """Blocks of an optimizer step, over all devices; does not change with their number."""
+    micro_batch_size: int = 8
+    """Blocks of one forward pass on one device; lower it when memory is short."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_every_steps: int = 100
+    """Optimizer steps between two checkpoints."""
+    validate_every_steps: int = 100
+    """Optimizer steps between two validations."""
+    log_every_steps: int = 1
+    """Optimizer steps between two logged losses."""
+    progress_bar: bool = True
+    """Show the progress bar."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for counts below one."""
+        for name in (
+            "devices",
+            "num_nodes",
+            "global_batch_size",
+            "micro_batch_size",
+            "checkpoint_every_steps",
+            "validate_every_steps",
+            "log_every_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+
+
+class Checkpoints(Callback):
+    """Saves ``last.ckpt`` every so many steps and at the end, and ``best.ckpt`` if asked.
+
+    A checkpoint of a step that validates is written after the validation, so that a run killed
+    between the two does not lose the validation's rows. Files are replaced atomically.
+    """
+
+    def __init__(self, directory: Path, every: int, validate_every: int, keep_best: bool) -> None:
+        self.directory = directory
+        self.every = every
+        self.validate_every = validate_every
+        self.keep_best = keep_best
+        self.best = float("inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best validation loss so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best validation loss."""
+        self.best = state_dict["best"]
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Save after an optimizer step that is due and does not validate."""
+        batch_idx = args[-1]
+        step_done = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if step_done and trainer.global_step % self.validate_every:
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
+        """Save after the validation of a step that is due, and keep the best."""
+        if not trainer.state.fn == "fit" or trainer.sanity_checking:
+            return
+        loss = float(trainer.callback_metrics["val_loss"])
+        if self.keep_best and loss < self.best:
+            self.best = loss
+            self._save(trainer, "best.ckpt")
+        self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        if step % self.every == 0 or step == trainer.max_steps:
+            self._save(trainer, "last.ckpt")
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        temporary = self.directory / f".{name}.tmp"
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self.directory / name)
+        trainer.strategy.barrier()
+
+
+def fit(
+    module: CausalLMModule,
+    data: LightningDataModule,
+    config: TrainerConfig,
+    directory: Path,
+    loggers: list[Logger],
+    keep_best: bool = False,
+) -> Trainer:
+    """Train ``module`` for its ``max_steps``, from ``directory/last.ckpt`` if there is one.
+
+    A phase that is already complete only loads its result. Afterwards the module holds the
+    weights of the last step (or, with ``keep_best``, ``directory/best.ckpt`` has the best ones).
+
+    Raises:
+        UserError: the batch sizes do not fit the devices.
+        RuntimeError: the loss became NaN or infinite.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    callbacks: list[Callback] = [
+        Checkpoints(
+            directory, config.checkpoint_every_steps, config.validate_every_steps, keep_best
+        )
+    ]
+    if config.progress_bar:
+        callbacks.append(TQDMProgressBar(leave=True))
+    trainer = Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision=config.precision,
+        max_steps=module.max_steps,
+        check_val_every_n_epoch=None,
+        callbacks=callbacks,
+        logger=loggers,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        enable_progress_bar=config.progress_bar,
+        use_distributed_sampler=False,
+    )
+    per_pass = config.micro_batch_size * trainer.world_size
+    if config.global_batch_size % per_pass:
+        raise UserError(
+            f"trainer.global_batch_size={config.global_batch_size}: must be a multiple of "
+            f"trainer.micro_batch_size × devices = {config.micro_batch_size} × "
+            f"{trainer.world_size}; lower trainer.micro_batch_size or change the batch"
+        )
+    trainer.accumulate_grad_batches = config.global_batch_size // per_pass
+    trainer.val_check_interval = config.validate_every_steps * trainer.accumulate_grad_batches
+    if config.activation_checkpointing:
+        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+    last = directory / "last.ckpt"
+    for logger in loggers:
+        if isinstance(logger, MetricsCsv):
+            logger.rewind(checkpoint_step(last))
+    trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
+    module.model.eval()
+    return trainer
+
+
+def checkpoint_step(path: Path) -> int:
+    """Optimizer step of a checkpoint; 0 when there is none."""
+    if not path.exists():
+        return 0
+    import torch
+
+    step: int = torch.load(path, map_location="meta", mmap=True, weights_only=True)["global_step"]
+    return step

@@ -1,0 +1,77 @@
+"""The configuration tree of each recipe; configs/*.yaml hold only what differs."""
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+from qat.evaluate import EvaluateConfig
+from qat.loggers import WandbConfig
+from qat.optim import OptimConfig
+from qat.scheme import Scheme
+from qat.text import TextConfig
+from qat.training import TrainerConfig
+
+
+@dataclass(frozen=True)
+class BaselinesConfig:
+    """What the trained model is compared with."""
+
+    finetune: bool = True
+    """Train a 16-bit model on the same data, steps and seed: doubles the training time."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Keys that every training recipe has."""
+
+    recipe: str = ""
+    """Name of the recipe."""
+    model: str = "demo"
+    """Local directory or Hugging Face id of a causal LM; demo is the built-in one."""
+    data: str = "demo"
+    """Text file, JSON lines or parquet file to train on; demo is the built-in corpus."""
+    output_dir: Optional[str] = None  # noqa: UP045  (the configuration reader wants Optional)
+    """Directory of the run; null takes a fresh runs/<recipe>-<number>."""
+    max_steps: int = 200
+    """Optimizer steps."""
+    seed: int = 0
+    """Seed of data order and random streams."""
+    resume: Optional[str] = None  # noqa: UP045
+    """Directory of an interrupted run to continue."""
+    dry_run: bool = False
+    """Print the configuration, the coverage and the predicted memory and disk; train nothing."""
+    preset: list[str] = field(default_factory=list)
+    """Files below configs/ to merge in, for example trainer/debug."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Reading and packing of the text."""
+    scheme: Scheme = field(default_factory=Scheme)
+    """What is quantized and how."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """The training loop."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    logger: Literal["wandb", "none"] = "wandb"
+    """Beside metrics.csv: Weights & Biases (offline without a key), or nothing."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a run that cannot do what it is asked to."""
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps}: at least 1")
+        if self.scheme.enable_after_steps >= self.max_steps:
+            raise ValueError(
+                f"scheme.enable_after_steps={self.scheme.enable_after_steps}: below max_steps="
+                f"{self.max_steps}, else nothing trains with quantization"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Quantization-aware training."""
+
+    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
+    """Comparisons in the report."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Evaluation after training."""
+    prompt: str = "The module defines the following functions:"
+    """Prompt of the sample in the report."""
