@@ -46,20 +46,28 @@ _SPLIT_SALT = 911
 
 # Folders of the standard library that hold installed packages, test code, or build data.
 _SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages __pycache__ test tests idle_test ensurepip lib-dynload "
-    "pydoc_data".split()
+    {
+        "__pycache__",
+        "dist-packages",
+        "ensurepip",
+        "idle_test",
+        "lib-dynload",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+    }
 )
 
 # Extension modules without import side effects. Left out on purpose: those that wrap an optional
 # system library (_ssl, _sqlite3, _tkinter, readline …), whose presence depends on the build.
-_C_MODULES = tuple(
-    "_abc _asyncio _bisect _bz2 _collections _contextvars _csv _datetime _decimal _elementtree "
-    "_functools _heapq _imp _io _json _locale _lsprof _lzma _operator _pickle _queue _random "
-    "_signal _socket _sre _statistics _string _struct _symtable _thread _tracemalloc _warnings "
-    "_weakref _zoneinfo array atexit binascii builtins cmath errno faulthandler fcntl gc "
-    "itertools marshal math mmap posix pwd pyexpat resource select sys syslog termios time "
-    "unicodedata zlib".split()
-)
+_C_MODULES = """
+_abc _asyncio _bisect _bz2 _collections _contextvars _csv _datetime _decimal _elementtree
+_functools _heapq _imp _io _json _locale _lsprof _lzma _operator _pickle _queue _random _signal
+_socket _sre _statistics _string _struct _symtable _thread _tracemalloc _warnings _weakref
+_zoneinfo array atexit binascii builtins cmath errno faulthandler fcntl gc itertools marshal math
+mmap posix pwd pyexpat resource select sys syslog termios time unicodedata zlib
+"""
 
 
 @dataclass(frozen=True)
@@ -230,7 +238,7 @@ def _docstrings(source: bytes) -> list[str]:
 
 
 def _c_modules() -> Iterator[tuple[str, list[str]]]:
-    for name in _C_MODULES:
+    for name in _C_MODULES.split():
         try:
             module = importlib.import_module(name)
         except ImportError:  # not on this platform, or not built

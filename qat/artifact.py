@@ -45,9 +45,9 @@ def staged_directory(final: Path, replace: bool = False) -> Iterator[Path]:
     """Write a directory so that `final` is whole or untouched, whatever interrupts the writing.
 
     Yields ``.NAME.partial-PID`` beside `final`. When the block ends, its files are flushed to the
-    disk and the directory is renamed; when the block raises, it is removed. With ``replace=True`` an
-    existing `final` is moved aside until the new one stands, and a call after a crash between the
-    two renames first puts it back. Leftovers of dead processes are removed at the start.
+    disk and the directory is renamed; when the block raises, it is removed. With ``replace=True``
+    an existing `final` is moved aside until the new one stands, and a call after a crash between
+    the two renames first puts it back. Leftovers of dead processes are removed at the start.
 
     Raises:
         UserError: `final` exists, is not an empty directory, and `replace` is False.
@@ -164,7 +164,9 @@ def _file_names(directory: Path) -> list[str]:
     return sorted(
         path.relative_to(directory).as_posix()
         for path in directory.rglob("*")
-        if not path.is_dir() and path.relative_to(directory).parts[0] not in HUB_FILES
+        # a linked directory is listed as one name, so that it is never passed over
+        if (path.is_symlink() or not path.is_dir())
+        and path.relative_to(directory).parts[0] not in HUB_FILES
     )
 
 

@@ -1,4 +1,4 @@
-"""``qat inspect``: what an artifact holds, read from its JSON files and safetensors headers only."""
+"""``qat inspect``: what an artifact holds, read from JSON files and safetensors headers only."""
 
 import json
 import re
@@ -64,9 +64,9 @@ def inspect(directory: Path, every_layer: bool = False) -> str:
         except BrokenHeader as error:
             raise UserError(f"{directory / name}: {error}") from error
     lines = [f"{directory}", "", *_architecture(config), *_scheme(quantization), ""]
-    lines += _table(rows if every_layer else None, rows) + [""] + _totals(rows) + [""]
-    lines += _aligned([(n, f"{s:,} bytes") for n, s in sizes.items()])
-    lines += _aligned([("total", f"{sum(sizes.values()):,} bytes")])
+    lines += [*_table(rows, merge=not every_layer), "", *_totals(rows), ""]
+    files = [*sizes.items(), ("total", sum(sizes.values()))]
+    lines += _aligned([(name, f"{size:,} bytes") for name, size in files])
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -201,11 +201,11 @@ def _weight_spec(name: str, quantization: dict[str, Any]) -> dict[str, Any]:
 # --- printing ------------------------------------------------------------------------------------
 
 
-def _table(every: list[Row] | None, rows: list[Row]) -> list[str]:
-    """Aligned table: all rows, or rows merged over the numbers in their names."""
+def _table(rows: list[Row], merge: bool) -> list[str]:
+    """Aligned table; with `merge`, rows that differ only in the numbers of their names are one."""
     merged: dict[tuple[Any, ...], list[Row]] = {}
-    for row in every if every is not None else rows:
-        pattern = row.name if every is not None else re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
+    for row in rows:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name) if merge else row.name
         merged.setdefault((pattern, row.shape, row.bits, row.group), []).append(row)
     cells = [("layer", "count", "shape", "bits", "group", "bytes")]
     for (pattern, shape, bits, group), same in merged.items():
@@ -234,3 +234,13 @@ def _aligned(cells: Iterable[tuple[str, ...]]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
         for row in table
     ]
+
+
+def bits_per_weight(directory: Path) -> float | None:
+    """Bits of the quantized matrices with scales and zero points, per weight; None without any."""
+    config = _json(directory / "config.json", directory)
+    quantization = config.get("quantization_config") or {}
+    rows = [row for path in directory.glob("*.safetensors") for row in _rows(path, quantization)]
+    weights = sum(row.numel for row in rows if row.quantized)
+    counted = sum(row.counted_bytes for row in rows if row.quantized)
+    return counted * 8 / weights if weights else None

@@ -107,15 +107,16 @@ def load_resume(
     saved = load(schema, place, [saved_file])
     resumed = load(schema, [*words, *place], [saved_file], preset_dir)
     before, after = _flatten(saved), _flatten(resumed)
-    for key in sorted(before.keys() | after.keys()):
+    for key, value in after.items():
         # the effects of a preset are compared key by key, its name does not matter
         if key.partition(".")[0] in (*RESUME_MAY_CHANGE, "preset"):
             continue
-        if before.get(key) != after.get(key):
+        if key not in before or before[key] != value:
+            had = f"{key}={_scalar(before[key])}" if key in before else f"another value of {key}"
             raise UserError(
-                f"{key}={_scalar(after.get(key))}: a resumed run keeps its configuration "
-                f"({run_dir}/config.yaml has {_scalar(before.get(key))}); only max_steps, "
-                "trainer.*, logger and wandb.* may change. Start a new run for anything else"
+                f"{key}={_scalar(value)}: a resumed run keeps its configuration, and {saved_file} "
+                f"has {had}; only max_steps, trainer.*, logger and wandb.* may change. Start a new "
+                "run for anything else"
             )
     return resumed
 

@@ -7,7 +7,7 @@ exactly those rows that the resumed run is about to write again.
 import csv
 import os
 from argparse import Namespace
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,25 +102,66 @@ def wandb_online() -> bool:
     return bool(wandb.api.api_key)
 
 
-def wandb_logger(
-    kind: Literal["wandb", "none"], config: WandbConfig, directory: Path, resolved: Any
-) -> WandbLogger | None:
-    """Lightning's W&B logger with the run's configuration, or None for ``logger=none``."""
-    if kind == "none":
-        return None
-    offline = not wandb_online()
-    logger = WandbLogger(
-        project=config.project,
-        name=config.name,
-        entity=config.entity,
-        save_dir=str(directory),
-        offline=offline,
-        id=_run_id(directory),
-        resume=None if offline else "allow",
-    )
-    if is_dataclass(resolved) and not isinstance(resolved, type):
-        logger.log_hyperparams(asdict(resolved))
-    return logger
+class Loggers:
+    """The loggers of a run: a CSV for each phase, and one W&B run for all of them.
+
+    Args:
+        kind: ``wandb`` or ``none``.
+        config: W&B options.
+        directory: directory of the run.
+        resolved: the run's configuration, logged once.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["wandb", "none"],
+        config: WandbConfig,
+        directory: Path,
+        resolved: dict[str, Any],
+    ) -> None:
+        self.config = config
+        self.directory = directory
+        self.run: Any = None
+        if kind == "wandb" and rank_zero_only.rank == 0:
+            self.run = self._start(resolved)
+
+    def _start(self, resolved: dict[str, Any]) -> Any:
+        import wandb
+
+        offline = not wandb_online()
+        return wandb.init(
+            project=self.config.project,
+            name=self.config.name,
+            entity=self.config.entity,
+            dir=str(self.directory),
+            config=resolved,
+            id=_run_id(self.directory),
+            mode="offline" if offline else "online",
+            resume=None if offline else "allow",
+            # the progress bar stays readable; W&B says at the end where the run lies
+            settings=wandb.Settings(console="off", quiet=True),
+        )
+
+    def phase(self, name: str) -> list[Logger]:
+        """The loggers of one training phase; W&B metrics are prefixed with its name."""
+        loggers: list[Logger] = [MetricsCsv(self.directory / "metrics.csv", name)]
+        if self.run is not None:
+            loggers.append(WandbLogger(experiment=self.run, prefix=name))
+        return loggers
+
+    def finish(self, artifact: Path, summary: dict[str, Any]) -> None:
+        """Log the finished artifact (a W&B artifact of type ``model``) and the final figures."""
+        if self.run is None:
+            return
+        import wandb
+
+        self.run.summary.update(summary)
+        if self.config.upload_artifact:
+            item = wandb.Artifact(f"{self.directory.name}-artifact", type="model")
+            # immutable: W&B reads the files where they lie instead of copying them first
+            item.add_dir(str(artifact), policy="immutable")
+            self.run.log_artifact(item)
+        self.run.finish()
 
 
 def _run_id(directory: Path) -> str:
@@ -131,15 +172,3 @@ def _run_id(directory: Path) -> str:
 
         path.write_text(wandb.util.generate_id(), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
-
-
-def log_artifact(logger: WandbLogger | None, config: WandbConfig, artifact: Path) -> None:
-    """Log the finished artifact directory as a W&B artifact of type ``model``."""
-    if logger is None or not config.upload_artifact:
-        return
-    import wandb
-
-    item = wandb.Artifact(f"{artifact.parent.name}-artifact", type="model")
-    # immutable: W&B reads the files where they lie instead of copying them first
-    item.add_dir(str(artifact), policy="immutable")
-    logger.experiment.log_artifact(item)

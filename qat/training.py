@@ -1,17 +1,22 @@
 """`fit`: one training phase through Lightning, resumable at any moment."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from qat.errors import UserError
+from qat.fake_quant import InputFakeQuant
 from qat.loggers import MetricsCsv
-from qat.module import CausalLMModule
+from qat.module import Batch, CausalLMModule, forward_logits
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,29 @@ def checkpoint_step(path: Path) -> int:
     """Optimizer step of a checkpoint; 0 when there is none."""
     if not path.exists():
         return 0
-    import torch
-
     step: int = torch.load(path, map_location="meta", mmap=True, weights_only=True)["global_step"]
     return step
+
+
+@torch.no_grad()
+def calibrate(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+    """Find the static input ranges of a prepared model from text; nothing to do without any.
+
+    Each batch counts as one step of the observers' moving average; weights are already quantized,
+    inputs are not.
+    """
+    static = [m for m in model.modules() if isinstance(m, InputFakeQuant) and m.observer]
+    if not static:
+        return
+    was_training = model.training
+    model.eval()
+    for quantizer in static:
+        quantizer.calibrating = True
+    for batch in tqdm(batches, desc="calibrate", delay=2, leave=False):
+        forward_logits(model, batch)
+        for quantizer in static:
+            if quantizer.observer is not None:
+                quantizer.observer.commit()
+    for quantizer in static:
+        quantizer.calibrating = False
+    model.train(was_training)

@@ -75,3 +75,65 @@ class TrainConfig(RunConfig):
     """Evaluation after training."""
     prompt: str = "The module defines the following functions:"
     """Prompt of the sample in the report."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama-architecture model built from scratch."""
+
+    hidden_size: int = 256
+    """Features between layers."""
+    intermediate_size: int = 704
+    """Features inside the MLP."""
+    num_hidden_layers: int = 4
+    """Decoder layers."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    num_key_value_heads: int = 2
+    """Key and value heads."""
+    vocab_size: int = 4096
+    """Entries of the vocabulary."""
+    max_position_embeddings: int = 1024
+    """Longest context."""
+    tie_word_embeddings: bool = True
+    """Share the embedding with the output head."""
+    attention_dropout: float = 0.0
+    """Dropout of attention weights while training."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Training the demo model from scratch; model and scheme are not used."""
+
+    shape: ModelShape = field(default_factory=ModelShape)
+    """The model."""
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Timing of a training step; prints, and writes nothing but output_dir/benchmark.json."""
+
+    recipe: str = ""
+    """Name of the recipe."""
+    output_dir: Optional[str] = None  # noqa: UP045
+    """Directory for benchmark.json; null only prints."""
+    preset: list[str] = field(default_factory=list)
+    """Files below configs/ to merge in."""
+    shape: ModelShape = field(default_factory=ModelShape)
+    """The model, randomly initialised."""
+    scheme: Scheme = field(default_factory=Scheme)
+    """The quantization to time."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes a GPU if there is one."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Arithmetic of the matmuls."""
+    batch_size: int = 4
+    """Blocks of a step."""
+    seq_len: int = 512
+    """Tokens of a block."""
+    repeats: int = 5
+    """Timed steps of each kind, in turn, after two that are not counted."""
+    seed: int = 0
+    """Seed of weights and tokens."""

@@ -184,6 +184,21 @@ def test_int8_weights_and_inputs_equal_plain_transformers(tmp_path: Path, dynami
     torch.testing.assert_close(logits(served), logits(plain(tmp_path / "a")), atol=0, rtol=0)
 
 
+def test_each_layer_takes_the_group_that_names_it(tmp_path: Path) -> None:
+    model = write_artifact(tmp_path / "a", llama())
+    name, spec = "model.layers.1.mlp.up_proj", QuantSpec(bits=8, granularity="channel")
+    state = load_file(tmp_path / "a" / "model.safetensors")
+    state.update(layer_tensors(name, model.get_submodule(name).weight.detach(), spec, None))
+    save_file(state, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((tmp_path / "a" / "config.json").read_text())
+    groups = content["quantization_config"]["config_groups"]
+    groups["group_1"] = {"targets": [name], "weights": weights_section(spec)}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(content))
+    served = load_packed(tmp_path / "a", torch.float32)
+    assert served.get_submodule(name).packed.bits == 8
+    torch.testing.assert_close(logits(served), logits(plain(tmp_path / "a")), atol=0, rtol=0)
+
+
 def test_bf16_layer_outputs_are_the_exact_sums_rounded_once(tmp_path: Path) -> None:
     write_artifact(tmp_path / "a", llama())
     served = load_packed(tmp_path / "a")

@@ -1,0 +1,80 @@
+"""The artifact's model card: what it is, how it was made, what was measured."""
+
+from pathlib import Path
+
+from qat.report import Report, table, verdict
+
+
+def model_card(report: Report, licence: str | None) -> str:
+    """README.md of the artifact, with the metadata block that the Hub reads."""
+    hub_id = report.model if report.model.count("/") == 1 and not Path(report.model).exists() else None
+    metadata = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- quantization-aware-training",
+        "- compressed-tensors",
+        *([f"base_model: {hub_id}", "base_model_relation: quantized"] if hub_id else []),
+        *([f"license: {licence}"] if licence else []),
+        "---",
+    ]
+    entries = report.coverage.quantized
+    return "\n".join(
+        [
+            *metadata,
+            "",
+            f"# {report.scheme} of {Path(report.model).name}",
+            "",
+            "The weights in this directory are the ones that were trained: fake-quantization in "
+            "training, packing and the check below use one quantizer.",
+            "",
+            verdict(report),
+            "",
+            "## Use",
+            "",
+            "```python",
+            "import torch",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'path = "."  # this directory',
+            "tokenizer = AutoTokenizer.from_pretrained(path)",
+            "model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)",
+            "```",
+            "",
+            "Loading needs the package compressed-tensors. In fp32 the logits are those of the "
+            "trained module bit for bit; in bf16 they are rounded as the `served` row shows.",
+            "",
+            "## Quality",
+            "",
+            f"Measured on {report.rows['artifact'].quality.tokens:,} held-out tokens of "
+            f"{report.data} (training text {report.data_fingerprint[:16]}…).",
+            "",
+            table(report),
+            "",
+            "## Quantization",
+            "",
+            f"{len(entries)} weights are quantized ({report.coverage.share:.1%} of the linear "
+            "layers' parameters); everything else is kept in 16 bit.",
+            "",
+            "```",
+            report.coverage.summary(),
+            "```",
+            "",
+            "## Sample",
+            "",
+            *[
+                f"> {line}"
+                for line in (
+                    f"**{report.sample['prompt']}**{report.sample['continuation']}".splitlines()
+                )
+            ],
+            "",
+            "## Limits",
+            "",
+            "The model knows what its base model and its training text know, and no evaluation "
+            "beyond the table above was made. Provenance (versions, configuration, hashes of all "
+            "files) is in manifest.json.",
+            "",
+        ]
+    )
