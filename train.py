@@ -40,7 +40,7 @@ def run(argv: list[str]) -> None:
     schema, files = recipe.schema(), [recipe.config_file]
     if len(words) < len(argv):
         title = f"{name}: {recipe.summary}\n\npython train.py recipe={name} [key=value ...]"
-        print(config.help_text(schema, title, files))
+        print(config.help_text(schema, title, files, argv=[f"recipe={name}"]))
     elif resume is not None:
         again = f"python train.py recipe={name} resume={resume}"
         with resumable(Path(resume), again):

@@ -1,6 +1,7 @@
 """``qat inspect``: what an artifact holds, read from JSON files and safetensors headers only."""
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ PARTS = (
 """Last components of the names that compressed-tensors writes for one layer."""
 COUNTED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale")
 """What bits per weight counts, beside `weight` where codes are stored unpacked."""
+
+
+Stored = tuple[Path, TensorEntry]
+"""A tensor and the file that holds it."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +54,32 @@ def inspect(directory: Path, every_layer: bool = False) -> str:
         UserError: no ``config.json``, one that is not JSON, or a broken safetensors file.
     """
     config = _json(directory / "config.json", directory)
-    rows: list[Row] = []
+    quantization = config.get("quantization_config") or {}
+    rows = _rows(directory, quantization)
     sizes = {
         path.relative_to(directory).as_posix(): path.stat().st_size
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
-    quantization = config.get("quantization_config") or {}
-    for name in sizes:
-        if not name.endswith(".safetensors"):
-            continue
-        try:
-            rows += _rows(directory / name, quantization)
-        except BrokenHeader as error:
-            raise UserError(f"{directory / name}: {error}") from error
     lines = [f"{directory}", "", *_architecture(config), *_scheme(quantization), ""]
     lines += [*_table(rows, merge=not every_layer), "", *_totals(rows), ""]
     files = [*sizes.items(), ("total", sum(sizes.values()))]
     lines += _aligned([(name, f"{size:,} bytes") for name, size in files])
     return "\n".join(line.rstrip() for line in lines)
+
+
+def bits_per_weight(directory: Path) -> float | None:
+    """Stored bits of the quantized matrices (codes, scales, zero points) per weight of theirs.
+
+    None where nothing is quantized.
+
+    Raises:
+        UserError: see `inspect`.
+    """
+    config = _json(directory / "config.json", directory)
+    rows = _rows(directory, config.get("quantization_config") or {})
+    weights = sum(row.numel for row in rows if row.quantized)
+    return 8 * sum(row.counted_bytes for row in rows) / weights if weights else None
 
 
 def _json(path: Path, directory: Path) -> dict[str, Any]:
@@ -123,56 +135,41 @@ def _describe(what: str, args: dict[str, Any] | None) -> str:
 # --- layers --------------------------------------------------------------------------------------
 
 
-def _rows(path: Path, quantization: dict[str, Any]) -> list[Row]:
-    """One row per layer, in the order of the file."""
-    layers: dict[str, dict[str, TensorEntry]] = {}
-    for entry in read_header(path).tensors:
-        prefix, _, part = entry.name.rpartition(".")
-        if part in PARTS:
-            layers.setdefault(prefix, {})[part] = entry
-        else:
-            layers.setdefault(entry.name, {})["weight"] = entry
-    rows = []
-    for name, parts in layers.items():
-        codes = parts.get("weight_packed") or parts.get("weight")
-        if codes is None:  # a bias or a scale alone, in another shard than its weight
-            codes = next(iter(parts.values()))
-        if "weight_scale" in parts and codes is not parts["weight_scale"]:
-            rows.append(_quantized_row(path, name, parts, codes, quantization))
-        else:
-            size = sum(part.nbytes for part in parts.values())
-            rows.append(Row(name, codes.shape, codes.dtype, "-", codes.numel, 0, size))
-    return rows
+def _rows(directory: Path, quantization: dict[str, Any]) -> list[Row]:
+    """One row per layer, in the order of the files; the parts of one may lie in two shards."""
+    layers: dict[str, dict[str, Stored]] = {}
+    for path in sorted(directory.rglob("*.safetensors")):
+        try:
+            entries = read_header(path).tensors
+        except BrokenHeader as error:
+            raise UserError(f"{path}: {error}") from error
+        for entry in entries:
+            prefix, _, part = entry.name.rpartition(".")
+            name, part = (prefix, part) if part in PARTS else (entry.name, "weight")
+            layers.setdefault(name, {})[part] = (path, entry)
+    return [_row(name, parts, quantization) for name, parts in layers.items()]
 
 
-def _quantized_row(
-    path: Path,
-    name: str,
-    parts: dict[str, TensorEntry],
-    codes: TensorEntry,
-    quantization: dict[str, Any],
-) -> Row:
+def _row(name: str, parts: dict[str, Stored], quantization: dict[str, Any]) -> Row:
+    total = sum(entry.nbytes for _, entry in parts.values())
+    _, codes = parts.get("weight_packed") or parts.get("weight") or next(iter(parts.values()))
+    if "weight_scale" not in parts or codes is parts["weight_scale"][1]:
+        return Row(name, codes.shape, codes.dtype, "-", codes.numel, 0, total)
     spec = _weight_spec(name, quantization)
-    shape = codes.shape
-    if "weight_shape" in parts:
-        shape = _int64s(path, parts["weight_shape"])
-    numel = 1
-    for extent in shape:
-        numel *= extent
+    shape = _int64s(*parts["weight_shape"]) if "weight_shape" in parts else codes.shape
+    numel = math.prod(shape)
     # stored bits, from the sizes, where the configuration does not say
     bits = spec.get("num_bits") or codes.nbytes * 8 // max(numel, 1)
-    scale = parts["weight_scale"]
+    _, scale = parts["weight_scale"]
     per_row = scale.shape[-1] if scale.shape else 1
-    if scale.numel == 1 and numel > 1 and spec.get("strategy", "tensor") == "tensor":
+    if scale.numel == 1 and spec.get("strategy", "tensor") == "tensor":
         group = "tensor"
     elif per_row == 1:
         group = "channel"
     else:
         group = str(-(-shape[-1] // per_row))
-    counted = sum(p.nbytes for k, p in parts.items() if k in COUNTED or p is codes)
-    kind = f"{spec.get('type', 'int')}{bits}"
-    total = sum(part.nbytes for part in parts.values())
-    return Row(name, tuple(shape), kind, group, numel, counted, total)
+    counted = sum(e.nbytes for part, (_, e) in parts.items() if part in COUNTED or e is codes)
+    return Row(name, shape, f"{spec.get('type', 'int')}{bits}", group, numel, counted, total)
 
 
 def _int64s(path: Path, entry: TensorEntry) -> tuple[int, ...]:
@@ -221,7 +218,7 @@ def _totals(rows: list[Row]) -> list[str]:
     everything = sum(row.numel for row in rows)
     lines = [f"parameters       {everything:,} in matrices, embeddings and norms"]
     if quantized:
-        bits = sum(row.counted_bytes for row in quantized) * 8 / weights
+        bits = 8 * sum(row.counted_bytes for row in quantized) / weights
         lines.append(f"quantized        {weights:,} ({weights / everything:.1%})")
         lines.append(f"bits per weight  {bits:.4f} (codes, scales and zero points)")
     return lines
@@ -234,13 +231,3 @@ def _aligned(cells: Iterable[tuple[str, ...]]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
         for row in table
     ]
-
-
-def bits_per_weight(directory: Path) -> float | None:
-    """Bits of the quantized matrices with scales and zero points, per weight; None without any."""
-    config = _json(directory / "config.json", directory)
-    quantization = config.get("quantization_config") or {}
-    rows = [row for path in directory.glob("*.safetensors") for row in _rows(path, quantization)]
-    weights = sum(row.numel for row in rows if row.quantized)
-    counted = sum(row.counted_bytes for row in rows if row.quantized)
-    return counted * 8 / weights if weights else None

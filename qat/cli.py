@@ -50,9 +50,7 @@ class Command:
 def _generate(artifact: Path, prompt: str, options: Any) -> None:
     from qat.generate import generate
 
-    text = generate(artifact, prompt, options)
-    if isinstance(text, str):
-        print(text)
+    generate(artifact, prompt, options, stream=True)
 
 
 def _inspect(artifact: Path, options: InspectOptions) -> None:

@@ -70,7 +70,11 @@ def load(
 
 
 def help_text(
-    schema: type, title: str, yaml_files: Iterable[Path] = (), width: int | None = None
+    schema: type,
+    title: str,
+    yaml_files: Iterable[Path] = (),
+    width: int | None = None,
+    argv: Sequence[str] = (),
 ) -> str:
     """Every key of `schema`: dotted name, type, default, meaning (attribute docstrings).
 
@@ -79,8 +83,10 @@ def help_text(
         title: lines put first, kept as they are.
         yaml_files: the recipe's deltas, which the shown defaults contain.
         width: columns; by default the terminal's.
+        argv: overrides that the shown defaults contain too.
     """
-    values = _merge(schema, [_read_yaml(schema, Path(file)) for file in yaml_files])
+    deltas = [_read_yaml(schema, Path(file)) for file in yaml_files]
+    values = _merge(schema, [*deltas, _parse_words(schema, argv)])
     return render(schema, title, values, width)
 
 

@@ -75,11 +75,24 @@ def run_main(fn: Callable[[], int | None]) -> int:
             return _interrupted(error)
         raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            return 1
         if _disk_is_full(error):
             _say(_disk_message(error), error)
         else:
             traceback.print_exc()
         return 1
+
+
+def _stdout_is_closed() -> bool:
+    """Whether the reader of stdout has gone (``... | head``); if so, nothing more is written."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the interpreter flushes once more at exit and would complain there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _interrupted(error: BaseException) -> int:

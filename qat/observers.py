@@ -42,8 +42,10 @@ class RangeObserver(nn.Module):
         """Take note of an activation x, any shape."""
         x = x.detach().to(torch.float32)
         if self.config.kind == "percentile":
-            # the k-th largest of |x|, because torch.quantile stops at 16 M values
-            rank = max(1, round(x.numel() * (1 - self.config.percentile / 100)))
+            # the k-th largest of |x|, because torch.quantile stops at 16 M values; the small term
+            # keeps 0.01 % of 10,000 values from becoming 0.999...
+            above = int(x.numel() * (1 - self.config.percentile / 100) + 1e-6)
+            rank = min(above + 1, x.numel())
             high = torch.topk(x.abs().flatten(), rank).values[-1]
             low = -high
         else:

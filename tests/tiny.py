@@ -1,6 +1,12 @@
 """Randomly initialised tiny models of the supported architectures, built from configurations."""
 
+from pathlib import Path
+
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -17,6 +23,7 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -97,3 +104,35 @@ def tiny(family: str, seed: int = 0) -> PreTrainedModel:
             # larger than initialisation, and norms that are not all ones
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 256 entries: three special tokens and the ASCII range."""
+    alphabet = sorted(ByteLevel.alphabet())[: VOCAB - 3]
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    model = Tokenizer(BPE(vocab=vocab, merges=[]))
+    model.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    model.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def random_batch(blocks: int = 2, tokens: int = 24, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random packed blocks of one document each; see qat.module for the fields."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (blocks, tokens), generator=generator)
+    return {
+        "input_ids": ids,
+        "labels": ids.roll(-1, 1),
+        "position_ids": torch.arange(tokens).expand(blocks, -1),
+        "segment_ids": torch.ones(blocks, tokens, dtype=torch.int32),
+        "loss_tokens": torch.tensor(blocks * tokens),
+    }
+
+
+def save_tiny(family: str, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A tiny model with its tokenizer as a model directory on disk."""
+    tiny(family).to(dtype).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qat import artifact, cli
 from qat.artifact import inspect, staged_directory, verify, write_manifest
+from qat.artifact_summary import bits_per_weight
 from qat.errors import UserError
 from qat.safetensors_header import BrokenHeader, read_header
 
@@ -40,9 +41,14 @@ def test_failure_leaves_nothing_and_loses_nothing(tmp_path, error, replace):
     if replace:
         final.mkdir()
         (final / "old").write_text("old")
-    with pytest.raises(error), staged_directory(final, replace=replace) as partial:
-        (partial / "a").write_text("1")
-        raise error
+
+    def write_and_fail():
+        with staged_directory(final, replace=replace) as partial:
+            (partial / "a").write_text("1")
+            raise error
+
+    with pytest.raises(error):
+        write_and_fail()
     assert names(tmp_path) == (["artifact"] if replace else [])
     if replace:
         assert (final / "old").read_text() == "old"
@@ -52,18 +58,23 @@ def test_existing_directory_is_refused_before_any_work(tmp_path):
     final = tmp_path / "artifact"
     final.mkdir()
     (final / "old").write_text("old")
-    with pytest.raises(UserError, match="artifact exists already; choose another"):
-        with staged_directory(final):
-            raise AssertionError("the block must not run")
+    refused = pytest.raises(UserError, match="artifact exists already; choose another")
+    with refused, staged_directory(final):
+        raise AssertionError("the block must not run")
     assert names(tmp_path) == ["artifact"]
 
 
 def test_directory_that_appeared_meanwhile_is_kept(tmp_path):
     final = tmp_path / "artifact"
-    with pytest.raises(UserError, match="exists already"), staged_directory(final) as partial:
-        (partial / "a").write_text("1")
-        final.mkdir()
-        (final / "other").write_text("2")
+
+    def write_while_another_does():
+        with staged_directory(final) as partial:
+            (partial / "a").write_text("1")
+            final.mkdir()
+            (final / "other").write_text("2")
+
+    with pytest.raises(UserError, match="exists already"):
+        write_while_another_does()
     assert names(tmp_path) == ["artifact"]
     assert names(final) == ["other"]
 
@@ -403,6 +414,23 @@ def test_inspect(made):
     assert "quantized        512 (50.0%)" in lines
     total = sum(p.stat().st_size for p in made.rglob("*") if p.is_file())
     assert cells[-1] == ["total", f"{total:,}", "bytes"]
+
+
+def test_bits_per_weight(made):
+    assert bits_per_weight(made) == 4.5
+    save_file({"a.weight": torch.ones(2, 2)}, made / "model.safetensors")
+    assert bits_per_weight(made) is None
+
+
+def test_parts_of_a_layer_in_two_shards(made):
+    tensors = load_file(made / "model.safetensors")
+    (made / "model.safetensors").unlink()
+    names = sorted(tensors)
+    save_file({n: tensors[n] for n in names[:2]}, made / "model-1.safetensors")
+    save_file({n: tensors[n] for n in names[2:]}, made / "model-2.safetensors")
+    assert names[1].startswith("model.layers.0.")
+    assert names[2].startswith("model.layers.0.")
+    assert bits_per_weight(made) == 4.5
 
 
 def test_inspect_every_layer(made):

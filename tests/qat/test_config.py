@@ -582,6 +582,20 @@ def test_full_disk_is_one_message(capsys, tmp_path):
     assert capsys.readouterr().err.startswith("Traceback")
 
 
+def test_closed_stdout_is_quiet():
+    code = (
+        "from qat.errors import run_main; import sys; "
+        "sys.exit(run_main(lambda: print('x' * 10**6)))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_nearest():
     assert nearest("group_sise", ["group_size", "grid"]) == "group_size"
     assert nearest("zzz", ["group_size", "grid"]) is None
