@@ -117,16 +117,17 @@ class TextDataModule(LightningDataModule):
         if self.source == DEMO:
             return self._demo_store("train", self.text.max_train_tokens)
         split = None if self.text.validation else "train"
-        return token_store(self.source, self.tokenizer, self.text, split)
+        limit = self.text.max_train_tokens
+        return token_store(self.source, self.tokenizer, self.text, split, max_tokens=limit)
 
     def _validation_store(self) -> TokenStore:
+        limit = self.text.max_validation_tokens
+        if self.source == DEMO and not self.text.validation:
+            return self._demo_store("validation", limit)
+        name, split, key = self.source, "validation", "data"
         if self.text.validation:
-            return token_store(
-                self.text.validation, self.tokenizer, self.text, key="text.validation"
-            )
-        if self.source == DEMO:
-            return self._demo_store("validation", self.text.max_validation_tokens)
-        return token_store(self.source, self.tokenizer, self.text, "validation")
+            name, split, key = self.text.validation, None, "text.validation"
+        return token_store(name, self.tokenizer, self.text, split, key, limit)
 
     def _demo_store(self, split: corpus.Split, limit: int | None) -> TokenStore:
         return tokenize_to_cache(
@@ -159,7 +160,7 @@ class TextDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """This rank's share of the validation blocks, in order."""
+        """The rank's share of the validation blocks, in order."""
         trainer = self.trainer
         world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         share = range(rank, len(self.held_out_blocks), world_size)
@@ -188,10 +189,7 @@ class TextDataModule(LightningDataModule):
 
     def fingerprint(self) -> str:
         """Sha256 (hex) of the texts: the demo corpus's own, or of the files' bytes."""
-        if self.source == DEMO:
-            texts = [corpus.fingerprint()]
-        else:
-            texts = [_sha256(Path(self.source))]
+        texts = [corpus.fingerprint() if self.source == DEMO else _sha256(Path(self.source))]
         if self.text.validation:
             texts.append(_sha256(text_file(self.text.validation, "text.validation")))
         return texts[0] if len(texts) == 1 else hashlib.sha256("".join(texts).encode()).hexdigest()

@@ -32,7 +32,7 @@ class StepBatchSampler:
         start_step: the optimizer step to begin with.
 
     Raises:
-        UserError: the global batch is not a multiple of micro-batch × ranks.
+        UserError: the global batch is not a multiple of micro-batch x ranks.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class StepBatchSampler:
         if global_batch_size % per_pass:
             raise UserError(
                 f"trainer.global_batch_size={global_batch_size}: must be a multiple of "
-                f"trainer.micro_batch_size × devices = {micro_batch_size} × {world_size}. Take "
+                f"trainer.micro_batch_size x devices = {micro_batch_size} x {world_size}. Take "
                 f"{-(-global_batch_size // per_pass) * per_pass}, or lower "
                 "trainer.micro_batch_size"
             )

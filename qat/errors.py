@@ -11,6 +11,7 @@
 import difflib
 import errno
 import os
+import select
 import shutil
 import sys
 import traceback
@@ -86,13 +87,13 @@ def run_main(fn: Callable[[], int | None]) -> int:
 
 def _stdout_is_closed() -> bool:
     """Whether the reader of stdout has gone (``... | head``); if so, nothing more is written."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # the interpreter flushes once more at exit and would complain there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLERR)
+    if not poll.poll(0):
+        return False
+    # the interpreter flushes once more at exit and would complain there
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _interrupted(error: BaseException) -> int:

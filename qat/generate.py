@@ -4,7 +4,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -30,7 +30,7 @@ class GenerateOptions:
     """Wrap the prompt in the tokenizer's chat template, where it has one."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of activations and kept weights; float32 computes what plain transformers computes."""
-    device: Optional[str] = None  # noqa: UP045  (the configuration reader wants Optional)
+    device: str | None = None
     """Device such as cpu or cuda:0; null takes the first GPU, else the CPU."""
 
     def __post_init__(self) -> None:

@@ -27,14 +27,45 @@ IGNORE = -100
 
 # Without `layer_types`, these attend through `sliding_window` in every layer when it is set.
 _WINDOWED = frozenset(
-    "blt doge ministral3 mistral mixtral phi3 phi4_multimodal phimoe qwen3_moe starcoder2".split()
+    [
+        "blt",
+        "doge",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "phi3",
+        "phi4_multimodal",
+        "phimoe",
+        "qwen3_moe",
+        "starcoder2",
+    ]
 )
 
 # State that runs along the sequence (recurrence, convolution): no mask stops it.
 _RECURRENT = frozenset(
-    "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe "
-    "lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_next recurrent_gemma rwkv xlstm zamba "
-    "zamba2".split()
+    [
+        "bailing_hybrid",
+        "bamba",
+        "falcon_h1",
+        "falcon_mamba",
+        "granitemoehybrid",
+        "jamba",
+        "kimi_linear",
+        "lfm2",
+        "lfm2_moe",
+        "lfm3",
+        "mamba",
+        "mamba2",
+        "minimax",
+        "nemotron_h",
+        "olmo_hybrid",
+        "qwen3_next",
+        "recurrent_gemma",
+        "rwkv",
+        "xlstm",
+        "zamba",
+        "zamba2",
+    ]
 )
 
 # Position biases that transformers derives from a 2-D mask of the whole row.
@@ -246,7 +277,8 @@ def check_packing(model: PreTrainedModel, seq_len: int) -> None:
             position_ids=places[:, begin:].to(model.device),
             use_cache=False,
         )
-        return output.logits[:, -second:].float()
+        last: Tensor = output.logits[:, -second:].float()
+        return last
 
     training = model.training
     model.eval()

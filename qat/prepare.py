@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qat.errors import UserError, nearest
 from qat.fake_quant import FakeQuantLinear, RoundTo, WeightFakeQuant, parametrization_of
-from qat.scheme import Rule, Scheme, describe
+from qat.scheme import InputSpec, Rule, Scheme, describe
 from qat_kernels import QuantSpec, check_finite
 
 KEEP_DTYPES = {
@@ -47,7 +47,7 @@ class CoverageEntry:
     """Whether it counts as a linear layer's weight (the output head does not)."""
     weight: QuantSpec | None = None
     """Weight spec, if quantized."""
-    input: QuantSpec | None = None
+    input: InputSpec | None = None
     """Input spec of the layer, if its input is quantized."""
 
     @property
@@ -201,7 +201,7 @@ class _Decision:
     def weight(self, rule: Rule | None) -> QuantSpec:
         return rule.weight if rule and rule.weight else self.scheme.weight
 
-    def input(self, rule: Rule | None) -> QuantSpec | None:
+    def input(self, rule: Rule | None) -> InputSpec | None:
         if self.is_experts:
             # no reader quantizes the inputs of experts; the coverage shows that they have no spec
             return None

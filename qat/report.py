@@ -20,8 +20,8 @@ ROWS = {
     "finetuned": "same data, steps and seed in 16 bit",
     "ptq": "the original, rounded",
     "finetuned_ptq": "the 16-bit fine-tune, rounded",
-    "trained": "the fake-quantized module, fp32",
-    "artifact": "reloaded from disk by plain transformers, fp32",
+    "trained": "the fake-quantized module",
+    "artifact": "reloaded from disk by plain transformers",
     "served": "packed weights through qat_kernels",
 }
 """Row name → what it is, in the order of the table."""

@@ -8,9 +8,29 @@ head, norms and biases are kept in `keep_dtype`.
 
 import fnmatch
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal
 
 from qat_kernels import QuantSpec
+from qat_kernels.numerics import Granularity, Grid
+
+
+@dataclass(frozen=True)
+class InputSpec(QuantSpec):
+    """How inputs of linear layers are quantized; by default int8, dynamic, per token.
+
+    Static ranges: granularity=tensor dynamic=false scale_dtype=bfloat16.
+    """
+
+    bits: int = 8
+    """Bits per code; readers know 8."""
+    granularity: Granularity = "token"
+    """token (dynamic) or tensor (static)."""
+    grid: Grid = "absmax"
+    """Readers compute absmax."""
+    scale_dtype: Literal["bfloat16", "float32"] = "float32"
+    """float32 for dynamic scales, which are never stored; bfloat16 for static ones."""
+    dynamic: bool = True
+    """Compute the scale at run time for each token; false calibrates one scale per layer."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +41,9 @@ class Rule:
     """Wildcard on module names, for example ``*.mlp.down_proj`` or ``lm_head``."""
     action: Literal["quantize", "keep"] = "quantize"
     """quantize (with the specs below) or keep in 16 bit."""
-    weight: Optional[QuantSpec] = None  # noqa: UP045  (the configuration reader wants Optional)
+    weight: QuantSpec | None = None
     """Weight spec of these modules; null takes the scheme's."""
-    input: Optional[QuantSpec] = None  # noqa: UP045
+    input: InputSpec | None = None
     """Input spec of these modules; null takes the scheme's."""
 
 
@@ -39,7 +59,7 @@ class ObserverConfig:
     """Percentile of |x| that becomes the range; read only by kind=percentile."""
     calibration_blocks: int = 16
     """Text blocks that calibrate the ranges before training."""
-    freeze_after_steps: Optional[int] = None  # noqa: UP045
+    freeze_after_steps: int | None = None
     """Optimizer step from which ranges stop moving; null freezes at three quarters of the run."""
 
     def __post_init__(self) -> None:
@@ -60,7 +80,7 @@ class Scheme:
 
     weight: QuantSpec = field(default_factory=QuantSpec)
     """How weights of linear layers and experts are quantized."""
-    input: Optional[QuantSpec] = None  # noqa: UP045
+    input: InputSpec | None = None
     """How inputs of linear layers are quantized; null leaves them in 16 bit."""
     rules: list[Rule] = field(default_factory=list)
     """Exceptions by module name, first match wins: [{match: lm_head, action: quantize}]."""

@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple
 
 from qat.errors import UserError, nearest
 
@@ -39,15 +39,15 @@ class TextConfig:
     """Tokens of one block."""
     column: str = "text"
     """Column (key) with the text, in JSON and parquet files."""
-    validation: Optional[str] = None  # noqa: UP045  (the configuration reader wants Optional)
+    validation: str | None = None
     """File with the validation text; null holds out a share of data."""
     validation_fraction: float = 0.02
     """Share of data that is held out for validation, when text.validation is null."""
-    max_train_tokens: Optional[int] = None  # noqa: UP045
+    max_train_tokens: int | None = None
     """Read no more training tokens than this; null reads all."""
     max_validation_tokens: int = 131072
     """Read no more validation tokens than this."""
-    cache_dir: Optional[str] = None  # noqa: UP045
+    cache_dir: str | None = None
     """Folder of the token caches; null takes $XDG_CACHE_HOME/qat-lightning (~/.cache)."""
 
     def __post_init__(self) -> None:
@@ -280,8 +280,7 @@ def _json_line(line: str, column: str, where: str) -> Iterator[str]:
 def _field(row: Any, column: str, where: str) -> str:
     if not isinstance(row, dict):
         raise UserError(
-            f"{where}: holds {type(row).__name__}, not an object such as "
-            f'{{"{column}": "..."}}'
+            f'{where}: holds {type(row).__name__}, not an object such as {{"{column}": "..."}}'
         )
     if column not in row:
         raise UserError(f"{where}: {_no_column(column, list(row))}")

@@ -58,6 +58,7 @@ def token_store(
     config: TextConfig,
     split: Split | None = None,
     key: str = "data",
+    max_tokens: int | None = None,
 ) -> TokenStore:
     """The tokens of a text file, from the cache where it has them.
 
@@ -67,29 +68,32 @@ def token_store(
         config: how to read.
         split: a share of the file, or None for all of it as contiguous text.
         key: the configuration key of the file, for messages.
+        max_tokens: stop reading after so many.
 
     Raises:
         UserError: see `qat.text.read`; also when no document is left.
     """
     path = text_file(name, key)
     status = path.stat()
-    limit = config.max_train_tokens if split == "train" else None
-    if split == "validation" or key == "text.validation":
-        limit = config.max_validation_tokens
     identity = [str(path), status.st_size, status.st_mtime_ns, config.column, split]
     if split is not None:
         identity.append(config.validation_fraction)
     try:
         return tokenize_to_cache(
-            read(path, config, split, key), tokenizer, identity, cache_dir(config), limit, name
+            read(path, config, split, key),
+            tokenizer,
+            identity,
+            cache_dir(config),
+            max_tokens,
+            name,
         )
     except NoTextError:
         if split is None:
             raise NoTextError(f"{key}={name}: no text in it, only blanks") from None
         raise NoTextError(
-            f"{key}={name}: too small to hold out text.validation_fraction="
-            f"{config.validation_fraction} for validation, the {split} share is empty. Give "
-            "a separate file with text.validation=, or raise text.validation_fraction"
+            f"{key}={name}: too small, or of too few lines, to hold out "
+            f"text.validation_fraction={config.validation_fraction}: the {split} share is empty. Give a separate file "
+            "with text.validation=, or raise text.validation_fraction"
         ) from None
 
 

@@ -173,7 +173,9 @@ def fit(
     for logger in loggers:
         if isinstance(logger, MetricsCsv):
             logger.rewind(checkpoint_step(last))
-    trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
+    trainer.fit(
+        module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True
+    )
     module.model.eval()
     return trainer
 

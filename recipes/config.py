@@ -1,7 +1,7 @@
 """The configuration tree of each recipe; configs/*.yaml hold only what differs."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal
 
 from qat.evaluate import EvaluateConfig
 from qat.loggers import WandbConfig
@@ -29,13 +29,13 @@ class RunConfig:
     """Local directory or Hugging Face id of a causal LM; demo is the built-in one."""
     data: str = "demo"
     """Text file, JSON lines or parquet file to train on; demo is the built-in corpus."""
-    output_dir: Optional[str] = None  # noqa: UP045  (the configuration reader wants Optional)
+    output_dir: str | None = None
     """Directory of the run; null takes a fresh runs/<recipe>-<number>."""
     max_steps: int = 200
     """Optimizer steps."""
     seed: int = 0
     """Seed of data order and random streams."""
-    resume: Optional[str] = None  # noqa: UP045
+    resume: str | None = None
     """Directory of an interrupted run to continue."""
     dry_run: bool = False
     """Print the configuration, the coverage and the predicted memory and disk; train nothing."""
@@ -115,7 +115,7 @@ class BenchmarkConfig:
 
     recipe: str = ""
     """Name of the recipe."""
-    output_dir: Optional[str] = None  # noqa: UP045
+    output_dir: str | None = None
     """Directory for benchmark.json; null only prints."""
     preset: list[str] = field(default_factory=list)
     """Files below configs/ to merge in."""

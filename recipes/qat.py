@@ -11,7 +11,7 @@ from data.demo import model_path
 from data.module import TextDataModule
 from qat.compressed_tensors import layout
 from qat.config import to_yaml
-from qat.errors import UserError
+from qat.errors import UserError, resumable
 from qat.finish import Result, Stopwatch, finish, scheme_name
 from qat.loggers import Loggers
 from qat.memory import Prediction, predict
@@ -33,7 +33,9 @@ def run(config: TrainConfig) -> None:
     with run_directory(
         config.output_dir, config.resume, config.recipe, to_yaml(config)
     ) as directory:
-        train(config, directory)
+        again = f"python train.py recipe={config.recipe} resume={directory}"
+        with resumable(directory, again):
+            train(config, directory)
 
 
 def foresee(config: TrainConfig) -> tuple[Coverage, Prediction]:

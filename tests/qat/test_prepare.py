@@ -9,18 +9,17 @@ from torch import nn
 from qat.errors import UserError
 from qat.fake_quant import FakeQuantLinear, InputFakeQuant, WeightFakeQuant, set_enabled
 from qat.prepare import kept_parameters, plan, prepare, quantized_parameters
-from qat.scheme import ObserverConfig, Rule, Scheme
+from qat.scheme import InputSpec, ObserverConfig, Rule, Scheme
 from qat_kernels import QuantSpec, fake_quantize
 from tests.tiny import CONFIGS, random_batch, tiny
 
 W8A8 = Scheme(
     weight=QuantSpec(bits=8, granularity="channel", grid="absmax"),
-    input=QuantSpec(
-        bits=8, granularity="token", dynamic=True, grid="absmax", scale_dtype="float32"
-    ),
+    input=InputSpec(),
 )
 STATIC = Scheme(
-    weight=W8A8.weight, input=QuantSpec(bits=8, granularity="tensor", grid="absmax")
+    weight=W8A8.weight,
+    input=InputSpec(granularity="tensor", dynamic=False, scale_dtype="bfloat16"),
 )
 
 
