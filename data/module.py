@@ -77,6 +77,8 @@ class TextDataModule(LightningDataModule):
         # a rank whose share of the validation blocks is empty takes part with nothing
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.source = data_source(source)
+        if text.validation:
+            text_file(text.validation, "text.validation")
         self.tokenizer = tokenizer
         self.text = text
         self.global_batch_size = global_batch_size

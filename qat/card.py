@@ -7,7 +7,9 @@ from qat.report import Report, table, verdict
 
 def model_card(report: Report, licence: str | None) -> str:
     """README.md of the artifact, with the metadata block that the Hub reads."""
-    hub_id = report.model if report.model.count("/") == 1 and not Path(report.model).exists() else None
+    hub_id = (
+        report.model if report.model.count("/") == 1 and not Path(report.model).exists() else None
+    )
     metadata = [
         "---",
         "library_name: transformers",

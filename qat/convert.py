@@ -67,9 +67,9 @@ def trained_matrices(model: PreTrainedModel, coverage: Coverage) -> Iterator[Tra
             continue
         owner = item.owner
         static = None
-        if isinstance(owner, FakeQuantLinear) and owner.input_fake_quant is not None:
-            if owner.input_fake_quant.observer is not None:
-                static = owner.input_fake_quant.scale().reshape(1).to(torch.float32)
+        inputs = owner.input_fake_quant if isinstance(owner, FakeQuantLinear) else None
+        if inputs is not None and inputs.observer is not None:
+            static = inputs.scale().reshape(1).to(torch.float32)
         yield TrainedMatrix(entry, entry.module, codes, scale, zero_point, static)
 
 

@@ -15,7 +15,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from qat.module import Batch, forward_logits
+from qat.module import forward_logits
+from qat.packing import Batch
 
 REFERENCE_BYTES = 1 << 30
 """Logits of the original are kept in memory up to this size, and computed anew above it."""

@@ -10,6 +10,8 @@
 Shapes: x [..., K], weight [N, K] or [E, N, K].
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -40,12 +42,18 @@ class Quantizer(nn.Module):
         self.spec = spec
         self._active = True
         self.register_buffer("enabled", torch.ones((), dtype=torch.bool))
-        self.register_load_state_dict_post_hook(lambda module, _: module.enable(module.enabled))
+        self.register_load_state_dict_post_hook(_mirror)
 
     def enable(self, on: bool | Tensor) -> None:
         """Switch quantization on or off."""
         self._active = bool(on)
         self.enabled.fill_(self._active)
+
+
+def _mirror(module: nn.Module, incompatible_keys: Any) -> None:
+    """After loading a state dict: the switch's mirror follows its buffer."""
+    assert isinstance(module, Quantizer)
+    module.enable(module.enabled)
 
 
 class WeightFakeQuant(Quantizer):
@@ -71,7 +79,7 @@ class InputFakeQuant(Quantizer):
         self.calibrating = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] as the quantized layer sees it; while calibrating, x is only observed."""
+        """X [..., K] as the quantized layer sees it; while calibrating, x is only observed."""
         if self.observer is not None and (self.training or self.calibrating):
             self.observer.observe(x)
         if self.calibrating or not self._active:
@@ -95,7 +103,7 @@ class InputFakeQuant(Quantizer):
 
 
 class FakeQuantLinear(nn.Linear):
-    """An ``nn.Linear`` whose weight, and input where asked, is fake-quantized; shares the weight."""
+    """An ``nn.Linear`` with its weight (shared) and, where asked, its input fake-quantized."""
 
     def __init__(
         self,
@@ -114,7 +122,7 @@ class FakeQuantLinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = x_hat W_hat^T + b, [..., N]."""
+        """Y = x_hat W_hat^T + b, [..., N]."""
         if self.input_fake_quant is not None:
             x = self.input_fake_quant(x)
         return functional.linear(x, self.weight_fake_quant(self.weight), self.bias)
@@ -128,14 +136,15 @@ class RoundTo(nn.Module):
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """x rounded to ``dtype``, in x's dtype; the gradient passes unchanged."""
+        """X rounded to ``dtype``, in x's dtype; the gradient passes unchanged."""
         return round_to_ste(x, self.dtype)
 
 
 def parametrization_of(module: nn.Module, name: str) -> nn.Module | None:
     """The project's parametrization of a parameter of ``module``, or None."""
     if parametrize.is_parametrized(module, name):
-        added: nn.Module = module.parametrizations[name][0]  # type: ignore[index, union-attr]
+        parametrizations: Any = module.parametrizations
+        added: nn.Module = parametrizations[name][0]
         return added
     return None
 

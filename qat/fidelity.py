@@ -1,4 +1,4 @@
-"""Fidelity: is the artifact on disk the model that was trained?
+"""Fidelity: the artifact on disk is the model that was trained, or the run fails.
 
 The artifact is read back with code that this project did not write: plain transformers loads the
 model, compressed-tensors unpacks the codes. Codes, weights and logits must be equal, not close;
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qat.convert import TrainedMatrix, trained_matrices
-from qat.module import Batch, forward_logits
+from qat.module import forward_logits
+from qat.packing import Batch
 from qat.prepare import Coverage, kept_parameters, quantized_parameters
 from qat_kernels import fake_quantize
 
@@ -125,9 +126,9 @@ def _code_problem(stored: Stored, matrix: TrainedMatrix) -> str:
             zero_point = _stored_zero_point(stored, prefix, matrix, spec.bits)
             if not torch.equal(zero_point.reshape(matrix.zero_point.shape), matrix.zero_point):
                 return f"{prefix}: zero points differ"
-        if matrix.input_scale is not None:
-            if not torch.equal(stored[f"{prefix}.input_scale"], matrix.input_scale):
-                return f"{prefix}: the input scale differs"
+        expected = matrix.input_scale
+        if expected is not None and not torch.equal(stored[f"{prefix}.input_scale"], expected):
+            return f"{prefix}: the input scale differs"
     except KeyError as error:
         return f"{error.args[0]} is missing"
     return ""

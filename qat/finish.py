@@ -25,7 +25,8 @@ from qat.fake_quant import set_enabled
 from qat.fidelity import compare, reload
 from qat.generate import sample
 from qat.memory import peak_memory_bytes
-from qat.module import Batch, quantization_error
+from qat.module import quantization_error
+from qat.packing import Batch
 from qat.prepare import KEEP_DTYPES, Coverage, prepare
 from qat.report import Report, Row, environment, write_report
 from qat.scheme import Scheme, describe
@@ -90,7 +91,7 @@ class Result:
     """Time spent so far."""
 
     def rounded(self, load: Load) -> PreTrainedModel:
-        """A baseline: the model that ``load`` gives, rounded by the same scheme without training."""
+        """A baseline: what ``load`` gives, rounded by the same scheme without training."""
         model = load()
         prepare(model, self.scheme)
         calibrate(model, self.calibration)
@@ -110,9 +111,7 @@ def finish(result: Result) -> Report:
     artifact = result.run / "artifact"
     with staged_directory(artifact, replace=True) as staging:
         with watch.phase("convert"):
-            write_checkpoint(
-                trained, result.tokenizer, result.coverage, result.scheme, staging
-            )
+            write_checkpoint(trained, result.tokenizer, result.coverage, result.scheme, staging)
         with watch.phase("check"):
             fidelity, reloaded = compare(trained, result.coverage, staging, result.batches)
         with watch.phase("evaluate"):
@@ -161,9 +160,7 @@ class _Measured:
     sample: str
 
 
-def _measure_rows(
-    result: Result, reloaded: PreTrainedModel | None, artifact: Path
-) -> _Measured:
+def _measure_rows(result: Result, reloaded: PreTrainedModel | None, artifact: Path) -> _Measured:
     """All rows of the report; one model at a time beside the original."""
     original = result.load_original()
     reference = Reference(original, result.batches)

@@ -170,5 +170,5 @@ def _run_id(directory: Path) -> str:
     if not path.exists():
         import wandb
 
-        path.write_text(wandb.util.generate_id(), encoding="utf-8")
+        path.write_text(wandb.sdk.lib.runid.generate_id(), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

@@ -94,8 +94,9 @@ def predict(
     # logits in the matmul's dtype, in fp32, and their gradient
     logits = tokens * vocab * (width + 4 + 4)
     state = int(numel * OPTIMIZER_BYTES[optim.name])
-    packed = sum(entry.numel * (entry.weight.bits + 0.5) / 8 for entry in coverage.quantized
-                 if entry.weight)
+    packed = sum(
+        entry.numel * (entry.weight.bits + 0.5) / 8 for entry in coverage.quantized if entry.weight
+    )
     disk = checkpoints * (4 * numel + state) + int(packed) + 2 * (numel - quantized)
     return Prediction(
         parameters=4 * numel,

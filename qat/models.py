@@ -90,11 +90,15 @@ def meta_model(model: str) -> PreTrainedModel:
     return skeleton
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(model: str, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of a model.
 
+    Args:
+        model: Hugging Face id or local directory.
+        vocab_size: entries of the model's embedding, checked against the tokenizer's ids.
+
     Raises:
-        UserError: the model has none.
+        UserError: the model has none, or one with ids that the embedding lacks.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -106,4 +110,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerFast:
         ) from error
     if not getattr(tokenizer, "is_fast", False) or len(tokenizer) < 2:
         raise UserError(f"model={model}: no fast tokenizer (tokenizer.json) in it")
+    largest = max(tokenizer.get_vocab().values())
+    if vocab_size is not None and largest >= vocab_size:
+        raise UserError(
+            f"model={model}: the tokenizer has the id {largest}, the model's vocabulary ends at "
+            f"{vocab_size - 1}; tokenizer and weights do not belong together"
+        )
     return tokenizer

@@ -24,11 +24,9 @@ from transformers import PreTrainedModel
 
 from qat.fake_quant import observers, set_enabled
 from qat.optim import OptimConfig, build_optimizer, build_schedule
-from qat.packing import attention_mask
+from qat.packing import Batch, attention_mask
 from qat.prepare import quantized_parameters
 from qat_kernels import fake_quantize
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,8 @@ class CausalLMModule(LightningModule):
         self.seed = seed
         self.timing = timing or Timing()
         self.log_every_steps = log_every_steps
-        self.step_loss = 0.0
-        self.grad_norm = 0.0
+        self.step_loss: Tensor | float = 0.0
+        self.grad_norm: Tensor | float = 0.0
         self.validation_sums = torch.zeros(2, dtype=torch.float64)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -131,11 +129,12 @@ class CausalLMModule(LightningModule):
                 observer.frozen.fill_(freeze is not None and step >= freeze)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """This micro-batch's share of the step's mean token loss."""
+        """The micro-batch's share of the step's mean token loss."""
         share = loss_sum(forward_logits(self.model, batch), batch["labels"]) / batch["loss_tokens"]
         self.step_loss += share.detach()
         # Lightning divides by the micro-batches, DDP by the processes; the share needs neither
-        return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        loss: Tensor = share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return loss
 
     def configure_gradient_clipping(
         self,
@@ -164,7 +163,7 @@ class CausalLMModule(LightningModule):
                 )
             self.log("loss", loss, prog_bar=True, logger=False)
             # the schedule has already stepped; this step ran with the previous value
-            factor = self.lr_schedulers().lr_lambdas[0](step - 1)  # type: ignore[union-attr]
+            factor = self.lr_schedulers().lr_lambdas[0](step - 1)
             self._write(
                 {
                     "train_loss": loss,

@@ -49,7 +49,8 @@ class OptimConfig:
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimizer over the parameters that require a gradient, decay for matrices only."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (matrices if parameter.ndim >= 2 else others).append(parameter)

@@ -8,6 +8,7 @@ saved. Nothing is skipped silently: the `Coverage` has an entry for each paramet
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,7 +82,7 @@ class Coverage:
             what = describe(entry.weight) if entry.weight else entry.reason
             if entry.input:
                 what += f", inputs {describe(entry.input)}"
-            key = (entry.status, entry.module_class, "×".join(map(str, entry.shape)), what)
+            key = (entry.status, entry.module_class, "x".join(map(str, entry.shape)), what)
             groups.setdefault(key, []).append(entry)
         lines = [f"{'status':<12}{'class':<24}{'shape':<18}{'count':>6}{'parameters':>14}  what"]
         for (status, cls, shape, what), members in groups.items():
@@ -288,7 +289,7 @@ class Quantized:
 
     name: str
     """Name in the original model's state dict."""
-    weight: nn.Parameter
+    weight: torch.Tensor
     """The master weight [..., N, K]."""
     quantizer: WeightFakeQuant
     """Its quantizer."""
@@ -301,22 +302,24 @@ def quantized_parameters(model: nn.Module) -> Iterator[Quantized]:
     for owner_name, owner in model.named_modules():
         if isinstance(owner, FakeQuantLinear):
             yield Quantized(f"{owner_name}.weight", owner.weight, owner.weight_fake_quant, owner)
-        elif parametrize.is_parametrized(owner):
-            for name in owner.parametrizations:  # type: ignore[union-attr]
-                quantizer = parametrization_of(owner, name)
-                if isinstance(quantizer, WeightFakeQuant):
-                    original = owner.parametrizations[name].original  # type: ignore[index, union-attr]
-                    yield Quantized(f"{owner_name}.{name}", original, quantizer, owner)
+            continue
+        for name, original, added in _parametrized(owner):
+            if isinstance(added, WeightFakeQuant):
+                yield Quantized(f"{owner_name}.{name}", original, added, owner)
 
 
 def kept_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
     """(original name, master value, dtype to save) of all kept parameters; tied ones each time."""
     for owner_name, owner in model.named_modules():
-        if not parametrize.is_parametrized(owner):
-            continue
         prefix = f"{owner_name}." if owner_name else ""
-        for name in owner.parametrizations:  # type: ignore[union-attr]
-            rounding = parametrization_of(owner, name)
-            if isinstance(rounding, RoundTo):
-                original = owner.parametrizations[name].original  # type: ignore[index, union-attr]
-                yield f"{prefix}{name}", original, rounding.dtype
+        for name, original, added in _parametrized(owner):
+            if isinstance(added, RoundTo):
+                yield f"{prefix}{name}", original, added.dtype
+
+
+def _parametrized(owner: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn.Module | None]]:
+    """(name, master parameter, parametrization) of a module's parametrized parameters."""
+    if parametrize.is_parametrized(owner):
+        parametrizations: Any = owner.parametrizations
+        for name in parametrizations:
+            yield name, parametrizations[name].original, parametrization_of(owner, name)

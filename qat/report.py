@@ -287,7 +287,7 @@ def _draw_error(axes: Any, report: Report, run: Path) -> None:
     axes.set_xticks(
         list(positions)[::step], labels[::step], rotation=35, ha="right", fontsize="x-small"
     )
-    axes.set_ylabel("‖w − ŵ‖ / ‖w‖")
+    axes.set_ylabel("||w - w_hat|| / ||w||")
     axes.set_ylim(bottom=0)
     axes.legend()
 

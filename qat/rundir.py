@@ -90,9 +90,7 @@ def _check_unused(run: Path) -> None:
             f"directory{remedy}"
         )
     if run.is_dir() and any(run.iterdir()):
-        raise UserError(
-            f"output_dir={run}: is not empty and holds no run; choose a new directory"
-        )
+        raise UserError(f"output_dir={run}: is not empty and holds no run; choose a new directory")
 
 
 def _fresh(parent: Path, recipe: str) -> Path:

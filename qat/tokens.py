@@ -92,8 +92,8 @@ def token_store(
             raise NoTextError(f"{key}={name}: no text in it, only blanks") from None
         raise NoTextError(
             f"{key}={name}: too small, or of too few lines, to hold out "
-            f"text.validation_fraction={config.validation_fraction}: the {split} share is empty. Give a separate file "
-            "with text.validation=, or raise text.validation_fraction"
+            f"text.validation_fraction={config.validation_fraction}: the {split} share is empty. "
+            "Give a separate file with text.validation=, or raise text.validation_fraction"
         ) from None
 
 
@@ -257,6 +257,6 @@ def _open(path: Path) -> TokenStore | None:
             # from the open file: its name may already stand for another process's copy
             tokens = np.memmap(file, f"<u{width}", "r", _HEADER.size, (total,))
             offsets = np.memmap(file, "<i8", "r", offsets_at, (documents + 1,))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return TokenStore(tokens, offsets)

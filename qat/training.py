@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from qat.errors import UserError
 from qat.fake_quant import InputFakeQuant
 from qat.loggers import MetricsCsv
-from qat.module import Batch, CausalLMModule, forward_logits
+from qat.module import CausalLMModule, forward_logits
+from qat.packing import Batch
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Checkpoints(Callback):
 
     def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
         """Save after the validation of a step that is due, and keep the best."""
-        if not trainer.state.fn == "fit" or trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         loss = float(trainer.callback_metrics["val_loss"])
         if self.keep_best and loss < self.best:
@@ -162,20 +163,22 @@ def fit(
     if config.global_batch_size % per_pass:
         raise UserError(
             f"trainer.global_batch_size={config.global_batch_size}: must be a multiple of "
-            f"trainer.micro_batch_size × devices = {config.micro_batch_size} × "
+            f"trainer.micro_batch_size * devices = {config.micro_batch_size} * "
             f"{trainer.world_size}; lower trainer.micro_batch_size or change the batch"
         )
     trainer.accumulate_grad_batches = config.global_batch_size // per_pass
     trainer.val_check_interval = config.validate_every_steps * trainer.accumulate_grad_batches
     if config.activation_checkpointing:
-        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # renamed in transformers 5.2x; the old name warns there
+        model: Any = module.model
+        name = "activation_checkpointing_enable"
+        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     last = directory / "last.ckpt"
     for logger in loggers:
         if isinstance(logger, MetricsCsv):
             logger.rewind(checkpoint_step(last))
-    trainer.fit(
-        module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True
-    )
+    trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     module.model.eval()
     return trainer
 

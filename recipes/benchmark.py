@@ -18,8 +18,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from qat.memory import peak_memory_bytes
-from qat.module import Batch, forward_logits, loss_sum
+from qat.module import forward_logits, loss_sum
 from qat.optim import build_optimizer
+from qat.packing import Batch
 from qat.prepare import prepare
 from qat.report import environment
 from recipes.config import BenchmarkConfig

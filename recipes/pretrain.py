@@ -36,8 +36,10 @@ from recipes.config import PretrainConfig
 def run(config: PretrainConfig) -> None:
     """Run the recipe; see the module docstring and ``--help``."""
     if config.data != "demo" or config.model != "demo":
-        raise UserError("pretrain_demo trains the built-in model on the built-in corpus: leave "
-                        "model and data at demo")
+        raise UserError(
+            "pretrain_demo trains the built-in model on the built-in corpus: leave "
+            "model and data at demo"
+        )
     if config.dry_run:
         numel = sum(p.numel() for p in new_model(config).parameters())
         print(f"{to_yaml(config)}\n{numel:,} parameters, {numel * 2 / 1e6:.1f} MB in bf16")

@@ -15,8 +15,9 @@ from qat.errors import UserError, resumable
 from qat.finish import Result, Stopwatch, finish, scheme_name
 from qat.loggers import Loggers
 from qat.memory import Prediction, predict
-from qat.models import load_model, load_tokenizer, meta_model
+from qat.models import load_config, load_model, load_tokenizer, meta_model
 from qat.module import CausalLMModule, Timing
+from qat.packing import check_packing
 from qat.prepare import KEEP_DTYPES, Coverage, plan, prepare
 from qat.report import table, verdict
 from qat.rundir import is_rank_zero, run_directory
@@ -66,7 +67,7 @@ def foresee(config: TrainConfig) -> tuple[Coverage, Prediction]:
 def train(config: TrainConfig, directory: Path) -> None:
     """Train, then finish on rank 0."""
     path = model_path(config.model)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, load_config(path).get_text_config().vocab_size)
     _, prediction = foresee(config)
     seed_everything(config.seed, verbose=False)
     watch = Stopwatch()
@@ -82,12 +83,14 @@ def train(config: TrainConfig, directory: Path) -> None:
         data.setup("fit")
     loggers = Loggers(config.logger, config.wandb, directory, asdict(config))
     checkpoints = directory / "checkpoints"
+    model = load_model(path)
+    check_packing(model, config.text.seq_len)
     if config.baselines.finetune:
         with watch.phase("finetune"):
-            module = new_module(config, load_model(path))
+            module = new_module(config, model)
             fit(module, data, config.trainer, checkpoints / "finetune", loggers.phase("finetune"))
     with watch.phase("train"):
-        model = load_model(path)
+        model = load_model(path)  # anew: the baseline has trained the first one
         coverage = prepare(model, config.scheme)
         calibration = data.calibration_blocks(config.scheme.observer.calibration_blocks)
         calibrate(model, calibration)

@@ -1,4 +1,4 @@
-"""A tokenizer of single bytes, so that tests can count tokens in their heads."""
+"""Tokenizers of single bytes and of words, so that tests can count tokens in their heads."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -18,3 +18,10 @@ def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
             single="<bos> $A", special_tokens=[("<bos>", BOS)]
         )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>")
+
+
+def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate([*words, "<unk>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")

@@ -85,7 +85,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         eos_token_id=2,
     ),
     "gpt2": GPT2Config(
-        vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=1,
+        vocab_size=VOCAB,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=1,
         eos_token_id=2,
     ),
     "mixtral": MixtralConfig(**BASE, num_local_experts=4, num_experts_per_tok=2),

@@ -73,6 +73,6 @@ def fake_quantize_activation_ste(x: Tensor, scale: Tensor, spec: QuantSpec) -> T
 
 
 def round_to_ste(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x rounded to ``dtype`` and back, any shape; the gradient passes unchanged."""
+    """X rounded to ``dtype`` and back, any shape; the gradient passes unchanged."""
     result: Tensor = _RoundTo.apply(x, dtype)  # type: ignore[no-untyped-call]
     return result

@@ -62,7 +62,9 @@ def test_the_forward_pass_sees_quantized_and_rounded_weights():
     """Logits of the prepared model equal those of the plain model with replaced weights."""
     model, plain = tiny("llama_bias"), tiny("llama_bias")
     prepare(model, Scheme())
-    values = {i.name: fake_quantize(i.weight, i.quantizer.spec) for i in quantized_parameters(model)}
+    values = {
+        i.name: fake_quantize(i.weight, i.quantizer.spec) for i in quantized_parameters(model)
+    }
     values |= {name: value.to(dtype).float() for name, value, dtype in kept_parameters(model)}
     assert set(values) == {name for name, _ in plain.named_parameters()}
     plain.load_state_dict({name: value.detach() for name, value in values.items()})
