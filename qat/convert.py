@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
@@ -32,8 +32,11 @@ log = logging.getLogger(__name__)
 
 def head_name(model: PreTrainedModel) -> str | None:
     """Module name of the output head, or None."""
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head), None)
+    return _name_of(model, model.get_output_embeddings())
+
+
+def _name_of(model: PreTrainedModel, wanted: nn.Module | None) -> str | None:
+    return next((name for name, module in model.named_modules() if module is wanted), None)
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,27 @@ def checkpoint_tensors(model: PreTrainedModel, coverage: Coverage) -> Iterator[d
         if matrix.input_scale is not None:
             tensors[f"{matrix.prefix}.input_scale"] = matrix.input_scale
         yield tensors
+    for name, value in kept_tensors(model, coverage):
+        yield {name: value}
+
+
+def kept_tensors(model: PreTrainedModel, coverage: Coverage) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of everything stored unpacked: kept parameters, then persistent buffers.
+
+    Parameters that readers tie by themselves appear once; ones that share their values although
+    the configuration does not tie them appear under each name, as copies.
+    """
     names = {entry.name for entry in coverage.entries}
+    ties: dict[str, str] = model.all_tied_weights_keys
+    tied = {*ties, *ties.values()}
     for name, value, dtype in kept_parameters(model):
         if name in names:
-            yield {name: value.detach().to(dtype).contiguous()}
+            yield name, value.detach().to(dtype).contiguous()
+        elif name not in tied:
+            yield name, value.detach().to(dtype, copy=True).contiguous()
     for name, value in model.state_dict().items():
         if _is_model_buffer(model, name):
-            yield {name: value.detach().clone()}
+            yield name, value.detach().clone()
 
 
 def _is_model_buffer(model: PreTrainedModel, name: str) -> bool:
@@ -190,6 +207,10 @@ def _write_config(
     config["architectures"] = [type(model).__name__]
     config["dtype"] = layout(coverage).model_dtype(scheme.keep_dtype)
     config["use_cache"] = True
+    owners = {entry.module for entry in coverage.entries if entry.name.endswith(".weight")}
+    if {head_name(model), _name_of(model, model.get_input_embeddings())} <= owners:
+        # the head has its own weight: a flag that says otherwise would make readers drop it
+        config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization_config(coverage, head_name(model))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if model.can_generate():

@@ -60,6 +60,8 @@ def run_main(fn: Callable[[], int | None]) -> int:
 
     `fn` may return an exit code of its own; None counts as 0.
     """
+    # progress bars only for what takes longer than two seconds; tqdm reads this when first imported
+    os.environ.setdefault("TQDM_DELAY", "2")
     try:
         return fn() or 0
     except UserError as error:

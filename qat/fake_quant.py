@@ -42,7 +42,7 @@ class Quantizer(nn.Module):
         self.spec = spec
         self._active = True
         self.register_buffer("enabled", torch.ones((), dtype=torch.bool))
-        self.register_load_state_dict_post_hook(_mirror)
+        self.register_load_state_dict_post_hook(_mirror)  # type: ignore[no-untyped-call]
 
     def enable(self, on: bool | Tensor) -> None:
         """Switch quantization on or off."""

@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qat.convert import TrainedMatrix, trained_matrices
+from qat.convert import TrainedMatrix, kept_tensors, trained_matrices
 from qat.module import forward_logits
 from qat.packing import Batch
 from qat.prepare import Coverage, kept_parameters, quantized_parameters
@@ -33,13 +33,15 @@ class Fidelity:
     """What was compared, with what result."""
 
     codes_equal: bool
-    """Codes and scales on disk equal the trained ones, unpacked by compressed-tensors."""
+    """What the files hold equals what was trained: codes as unpacked by compressed-tensors, scales,
+    zero points, input scales, kept parameters; and they hold nothing else."""
     codes_compared: int
     """Number of weight matrices compared."""
     weights_equal: bool | None
-    """Each parameter of the reloaded model equals the trained one; None: not compared."""
+    """Each parameter and persistent buffer of the reloaded model equals the trained one; None: not
+    compared."""
     weights_compared: int
-    """Number of parameters compared."""
+    """Number of parameters and buffers compared."""
     logits: str
     """equal, different, or not compared (with the reason)."""
     logit_blocks: int
@@ -61,27 +63,40 @@ def reload(artifact: Path) -> PreTrainedModel:
     Raises:
         FidelityError: a tensor of the file has no place in the model, or the other way round.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
-        str(artifact), dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(artifact), dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+        model.eval()
+        # compressed-tensors unpacks a layer at its first forward pass
+        with torch.no_grad():
+            model(input_ids=torch.zeros((1, 1), dtype=torch.int64), use_cache=False)
+    except Exception as error:
+        raise FidelityError(
+            f"{artifact}: plain transformers cannot load it ({type(error).__name__}: {error})"
+        ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise FidelityError(f"{artifact}: {kind}: {sorted(map(str, info[kind]))[:5]}")
-    model.eval()
-    # compressed-tensors unpacks a layer at its first forward pass
-    with torch.no_grad():
-        model(input_ids=torch.zeros((1, 1), dtype=torch.int64), use_cache=False)
     return model
 
 
 class Stored:
-    """The tensors of an artifact's safetensors files, read one at a time."""
+    """The tensors of an artifact's safetensors files, read one at a time.
+
+    Raises:
+        FidelityError: a file is damaged.
+    """
 
     def __init__(self, artifact: Path) -> None:
         self.files: dict[str, Path] = {}
+        self.read: set[str] = set()
         for path in sorted(artifact.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self.files.update(dict.fromkeys(file.keys(), path))
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self.files.update(dict.fromkeys(file.keys(), path))
+            except SafetensorError as error:
+                raise FidelityError(f"{path}: cannot be read ({error})") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -89,6 +104,7 @@ class Stored:
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self.files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
+        self.read.add(name)
         return tensor
 
 
@@ -97,7 +113,10 @@ def _stored_codes(stored: Stored, prefix: str, bits: int) -> Tensor:
     if f"{prefix}.weight_packed" not in stored:
         return stored[f"{prefix}.weight"]
     shape = torch.Size(stored[f"{prefix}.weight_shape"].tolist())
-    codes: Tensor = unpack_from_int32(stored[f"{prefix}.weight_packed"], bits, shape)
+    packed = stored[f"{prefix}.weight_packed"]
+    if shape[0] != packed.shape[0]:
+        raise ValueError(f"weight_shape {tuple(shape)}, but {packed.shape[0]} packed rows")
+    codes: Tensor = unpack_from_int32(packed, bits, shape)
     return codes
 
 
@@ -120,36 +139,74 @@ def _code_problem(stored: Stored, matrix: TrainedMatrix) -> str:
         if not torch.equal(_stored_codes(stored, prefix, spec.bits), matrix.codes):
             return f"{prefix}: codes differ"
         scale = stored[f"{prefix}.weight_scale"].float()
-        if not torch.equal(scale.reshape(matrix.scale.shape), matrix.scale):
+        if not torch.equal(scale.flatten(), matrix.scale.flatten()):
             return f"{prefix}: scales differ"
         if matrix.zero_point is not None:
             zero_point = _stored_zero_point(stored, prefix, matrix, spec.bits)
-            if not torch.equal(zero_point.reshape(matrix.zero_point.shape), matrix.zero_point):
+            if not torch.equal(zero_point.flatten(), matrix.zero_point.flatten()):
                 return f"{prefix}: zero points differ"
-        expected = matrix.input_scale
-        if expected is not None and not torch.equal(stored[f"{prefix}.input_scale"], expected):
-            return f"{prefix}: the input scale differs"
+        if matrix.input_scale is not None:
+            if not torch.equal(stored[f"{prefix}.input_scale"], matrix.input_scale):
+                return f"{prefix}: the input scale differs"
     except KeyError as error:
         return f"{error.args[0]} is missing"
+    except (ValueError, RuntimeError) as error:
+        return f"{prefix}: {error}"
     return ""
 
 
+def _check_files(artifact: Path, trained: PreTrainedModel, coverage: Coverage) -> int:
+    """Compare what the files hold with the trained model; the number of weight matrices.
+
+    Raises:
+        FidelityError: a tensor differs, is missing, or does not belong there.
+    """
+    stored = Stored(artifact)
+    matrices = [_code_problem(stored, matrix) for matrix in trained_matrices(trained, coverage)]
+    problems = [problem for problem in matrices if problem]
+    for name, value in kept_tensors(trained, coverage):
+        if name not in stored:
+            problems.append(f"{name} is missing")
+        elif not torch.equal(stored[name], value):
+            problems.append(f"{name} differs")
+    if not problems:
+        extra = [name for name in stored.files if name not in stored.read]
+        problems = [f"{name} does not belong there" for name in extra]
+    _raise_for(problems)
+    return len(matrices)
+
+
+def _raise_for(problems: Sequence[str]) -> None:
+    """Raise FidelityError that names the first of some differences, if there are any."""
+    if problems:
+        raise FidelityError(f"the artifact is not the trained model: {'; '.join(problems[:10])}")
+
+
 @torch.no_grad()
-def _weight_problems(trained: PreTrainedModel, reloaded: PreTrainedModel) -> Iterator[str]:
-    """Compare what both models multiply with, parameter by parameter."""
+def _weight_problems(
+    trained: PreTrainedModel, coverage: Coverage, reloaded: PreTrainedModel
+) -> Iterator[str]:
+    """Compare what both models compute with: "" or a problem for each parameter and buffer."""
     found = dict(reloaded.named_parameters(remove_duplicate=False))
+    buffers = dict(reloaded.named_buffers())
 
     def compare(name: str, value: Tensor) -> str:
-        if name not in found:
+        other = found.get(name, buffers.get(name))
+        if other is None:
             return f"{name} is missing after reloading"
-        if not torch.equal(found[name].float(), value):
+        if not torch.equal(other.float(), value.float()):
             return f"{name} differs after reloading"
         return ""
 
     for item in quantized_parameters(trained):
         yield compare(item.name, fake_quantize(item.weight, item.quantizer.spec))
+    kept = set()
     for name, value, dtype in kept_parameters(trained):
-        yield compare(name, value.to(dtype).float())
+        kept.add(name)
+        yield compare(name, value.to(dtype))
+    for name, value in kept_tensors(trained, coverage):
+        if name not in kept:
+            yield compare(name, value)
 
 
 @torch.no_grad()
@@ -186,36 +243,26 @@ def compare(
     Raises:
         FidelityError: something differs.
     """
-    stored = Stored(artifact)
-    codes = [_code_problem(stored, matrix) for matrix in trained_matrices(trained, coverage)]
-    problems = [problem for problem in codes if problem]
-    reloaded: PreTrainedModel | None = None
-    weights: list[str] = []
-    worst: float | None = None
-    blocks = 0
+    matrices = _check_files(artifact, trained, coverage)
     need = sum(parameter.numel() for parameter in trained.parameters()) * 4 * 1.25
     free = psutil.virtual_memory().available
-    if need <= free:
-        reloaded = reload(artifact)
-        weights = list(_weight_problems(trained, reloaded))
-        problems += [problem for problem in weights if problem]
-        worst, blocks = _logit_difference(trained, reloaded, batches)
-        logits = "equal" if worst == 0.0 else "different"
-    else:
-        logits = f"not compared: needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    if need > free:
+        why = f"not compared: needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        return Fidelity(True, matrices, None, 0, why, 0, None), None
+    reloaded = reload(artifact)
+    weights = list(_weight_problems(trained, coverage, reloaded))
+    worst, blocks = _logit_difference(trained, reloaded, batches)
+    problems = [problem for problem in weights if problem]
+    if worst != 0.0:
+        problems.append(f"logits differ by up to {worst}")
+    _raise_for(problems)
     result = Fidelity(
-        codes_equal=not any(codes),
-        codes_compared=len(codes),
-        weights_equal=None if reloaded is None else not any(weights),
+        codes_equal=True,
+        codes_compared=matrices,
+        weights_equal=True,
         weights_compared=len(weights),
-        logits=logits,
+        logits="equal" if blocks else "not compared: no text was given",
         logit_blocks=blocks,
-        max_logit_diff=worst,
-        problems=tuple(problems[:10]),
+        max_logit_diff=worst if blocks else None,
     )
-    if not result.holds:
-        raise FidelityError(
-            f"the artifact is not the trained model: logits {logits} (largest difference "
-            f"{worst}); {'; '.join(result.problems) or 'codes and weights are equal'}"
-        )
     return result, reloaded

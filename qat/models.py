@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,6 +15,11 @@ from transformers import (
 )
 
 from qat.errors import UserError, nearest
+
+
+def _first(error: Exception) -> str:
+    """First line of an error's message, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_config(model: str) -> PreTrainedConfig:
@@ -29,9 +35,8 @@ def load_config(model: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model={model}: cannot be loaded ({first}). Give a local directory that holds "
+            f"model={model}: cannot be loaded ({_first(error)}). Give a local directory that holds "
             "config.json and safetensors, or a Hugging Face id that this machine can reach"
         ) from error
     quantized = getattr(config, "quantization_config", None)
@@ -68,9 +73,8 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
         loaded, info = AutoModelForCausalLM.from_pretrained(
             model, config=config, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model={model}: the weights cannot be loaded ({first})") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model={model}: the weights cannot be loaded ({_first(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
@@ -84,8 +88,11 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
 def meta_model(model: str) -> PreTrainedModel:
     """The model without its weights, on the meta device: for coverage and memory predictions."""
     config = load_config(model)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        raise UserError(f"model={model}: not a causal language model ({_first(error)})") from error
     skeleton.tie_weights()
     return skeleton
 
@@ -103,9 +110,8 @@ def load_tokenizer(model: str, vocab_size: int | None = None) -> PreTrainedToken
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"model={model}: no tokenizer can be loaded ({first}). Put tokenizer.json and "
+            f"model={model}: no tokenizer can be loaded ({_first(error)}). Put tokenizer.json and "
             "tokenizer_config.json beside the weights"
         ) from error
     if not getattr(tokenizer, "is_fast", False) or len(tokenizer) < 2:

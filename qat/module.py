@@ -111,11 +111,6 @@ class CausalLMModule(LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def on_train_start(self) -> None:
-        """Training mode for the wrapped model, which transformers loads in eval mode."""
-        self.model.train()
-        self.model.config.use_cache = False
-
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set everything that depends on time from the step number."""
         accumulate = self.trainer.accumulate_grad_batches
@@ -147,10 +142,12 @@ class CausalLMModule(LightningModule):
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """At the end of an optimizer step: commit observers, log."""
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
-            return
+    def end_step(self) -> None:
+        """At the end of an optimizer step: commit observers, log.
+
+        Not Lightning's hook ``on_train_batch_end``: callbacks get theirs before the module does,
+        and a checkpoint must hold what is done here.
+        """
         for observer in observers(self.model):
             observer.commit()
         step = self.global_step

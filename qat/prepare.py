@@ -166,6 +166,7 @@ def plan(model: PreTrainedModel, scheme: Scheme) -> Coverage:
             )
         )
     coverage = Coverage(tuple(entries))
+    _check_shared(model, coverage)
     _check_coverage(coverage, scheme)
     return coverage
 
@@ -239,7 +240,8 @@ class _Decision:
         cls = type(self.owner).__name__
         if isinstance(self.owner, Conv1D):
             return f"{cls} stores its weight transposed; no inference engine reads that packed"
-        if self.is_experts and getattr(self.owner, "is_transposed", False):
+        if self.is_experts and getattr(self.owner, "is_transposed", True):
+            # transformers marks the classes whose experts are [E, N, K] by is_transposed=False
             return f"{cls} stores its experts transposed; no inference engine reads that packed"
         if type(self.owner) is not nn.Linear and self.input(rule) is not None:
             return f"inputs of {cls} cannot be quantized: readers do so for nn.Linear only"
@@ -255,6 +257,21 @@ def _check_rules(model: nn.Module, scheme: Scheme) -> None:
             raise UserError(
                 f"scheme.rules: match={rule.match!r} selects no module of this model; a near name "
                 f"is {near!r} (wildcards * and ? are allowed)"
+            )
+
+
+def _check_shared(model: nn.Module, coverage: Coverage) -> None:
+    """Raise UserError for a quantized weight that several layers share."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    quantized = {entry.name for entry in coverage.quantized}
+    for names in owners.values():
+        if len(names) > 1 and quantized.intersection(names):
+            raise UserError(
+                f"model: {' and '.join(names[:3])} are one weight; no public packed format carries "
+                "a quantized weight that layers share. Keep them by a rule, for example "
+                f"scheme.rules=[{{match: {names[0].rpartition('.')[0]}, action: keep}}]"
             )
 
 
@@ -310,7 +327,7 @@ def quantized_parameters(model: nn.Module) -> Iterator[Quantized]:
 
 def kept_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
     """(original name, master value, dtype to save) of all kept parameters; tied ones each time."""
-    for owner_name, owner in model.named_modules():
+    for owner_name, owner in model.named_modules(remove_duplicate=False):
         prefix = f"{owner_name}." if owner_name else ""
         for name, original, added in _parametrized(owner):
             if isinstance(added, RoundTo):

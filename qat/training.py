@@ -65,7 +65,9 @@ class TrainerConfig:
 
 
 class Checkpoints(Callback):
-    """Saves ``last.ckpt`` every so many steps and at the end, and ``best.ckpt`` if asked.
+    """Ends each optimizer step: the module's share, then ``last.ckpt`` when it is due.
+
+    It is due every so many steps and at the last one; ``best.ckpt`` is kept if asked.
 
     A checkpoint of a step that validates is written after the validation, so that a run killed
     between the two does not lose the validation's rows. Files are replaced atomically.
@@ -86,11 +88,13 @@ class Checkpoints(Callback):
         """Restore the best validation loss."""
         self.best = state_dict["best"]
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Save after an optimizer step that is due and does not validate."""
+    def on_train_batch_end(self, trainer: Trainer, module: CausalLMModule, *args: Any) -> None:
+        """End an optimizer step; save if that is due and the step does not validate."""
         batch_idx = args[-1]
-        step_done = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if step_done and trainer.global_step % self.validate_every:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        module.end_step()
+        if trainer.global_step % self.validate_every:
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
@@ -110,7 +114,7 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: Trainer, name: str) -> None:
         temporary = self.directory / f".{name}.tmp"
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(temporary, weights_only=False)
         if trainer.is_global_zero:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -174,6 +178,7 @@ def fit(
         name = "activation_checkpointing_enable"
         enable = getattr(model, name, None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    module.train()  # transformers loads models in eval mode
     last = directory / "last.ckpt"
     for logger in loggers:
         if isinstance(logger, MetricsCsv):

@@ -1,0 +1,108 @@
+"""Runs of the recipes on tiny models: in this process, in forked ones, and through the shell."""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import train
+from qat.errors import run_main
+from tests.tiny import save_tiny
+
+ROOT = Path(train.__file__).resolve().parent
+TRAIN = [sys.executable, str(ROOT / "train.py")]
+
+ARTIFACT_FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "manifest.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+RUN_FILES = {
+    "config.yaml",
+    "metrics.csv",
+    "report.json",
+    "report.md",
+    "loss.png",
+    "quantization_error.png",
+    "size.png",
+    "checkpoints/finetune/last.ckpt",
+    "checkpoints/qat/last.ckpt",
+} | {f"artifact/{name}" for name in ARTIFACT_FILES}
+
+
+def write_text(path: Path, documents: int = 300) -> Path:
+    """A JSON lines file of documents of one to twenty words (so blocks differ in targets)."""
+    words = "the quick brown fox jumps over a lazy dog while wizards pack boxes of jugs".split()
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=rng.randint(1, 20))) for _ in range(documents)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def tiny_setup(directory: Path, family: str = "llama", **config: Any) -> list[str]:
+    """The words that every run needs; makes the model (``config`` changes its config.json)."""
+    model = save_tiny(family, directory / "model")
+    if config:
+        path = model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | config), "utf-8")
+    data = write_text(directory / "text.jsonl")
+    return [
+        f"model={model}",
+        f"data={data}",
+        f"text.cache_dir={directory / 'cache'}",
+        "text.validation_fraction=0.1",
+        "preset=[trainer/debug]",
+        "trainer.progress_bar=false",
+    ]
+
+
+def run(words: Sequence[str]) -> int:
+    """``python train.py words...`` in this process; the exit code."""
+    return run_main(lambda: train.run(list(words)))
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((directory / "report.json").read_text("utf-8"))
+    return report
+
+
+def metrics(directory: Path) -> dict[tuple[str, int, str], str]:
+    """Rows of metrics.csv as they are written; each (phase, step, metric) is there once."""
+    with (directory / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["phase", "step", "metric", "value"]
+    table = {(phase, int(step), metric): value for phase, step, metric, value in rows[1:]}
+    assert len(table) == len(rows) - 1, "a row is there twice"
+    return table
+
+
+def curve(directory: Path, phase: str, metric: str) -> dict[int, float]:
+    """One metric by step."""
+    return {s: float(v) for (p, s, m), v in metrics(directory).items() if (p, m) == (phase, metric)}
+
+
+def files(directory: Path) -> set[str]:
+    return {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """File name → sha256 of everything below a directory."""
+    return {
+        name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
+        for name in files(directory)
+    }
+
+
+def losses(directory: Path) -> dict[str, float]:
+    """Row name → loss of the report."""
+    return {name: row["loss"] for name, row in read_report(directory)["rows"].items()}
