@@ -53,6 +53,12 @@ def _generate(artifact: Path, prompt: str, options: Any) -> None:
     generate(artifact, prompt, options, stream=True)
 
 
+def _evaluate(artifact: Path, options: Any) -> None:
+    from qat.evaluate_file import evaluate_file
+
+    print(evaluate_file(artifact, options))
+
+
 def _inspect(artifact: Path, options: InspectOptions) -> None:
     from qat.artifact import inspect
 
@@ -78,6 +84,11 @@ COMMANDS: dict[str, Command] = {
         "qat.generate:GenerateOptions",
         _generate,
         ("ARTIFACT", "PROMPT"),
+    ),
+    "evaluate": Command(
+        "loss and perplexity on a text file, data=FILE",
+        "qat.evaluate_file:EvaluateFileOptions",
+        _evaluate,
     ),
     "inspect": Command(
         "architecture, scheme, layers and sizes, read from the files",

@@ -68,6 +68,11 @@ def layout(coverage: Coverage) -> Layout:
                 f"scheme.weight.symmetric=false: the experts {entry.name} cannot be stored; "
                 "readers drop the zero points of experts. Use symmetric=true, or a rule for them"
             )
+    if len({entry.weight for entry in experts}) > 1:
+        raise UserError(
+            "scheme.rules: experts can be stored with one weight spec for all layers only; readers "
+            "look for one. Remove the rules that give others (keeping some layers is possible)"
+        )
     dequantize = bool(asymmetric or subclasses)
     if dequantize:
         why = (

@@ -145,9 +145,9 @@ def _code_problem(stored: Stored, matrix: TrainedMatrix) -> str:
             zero_point = _stored_zero_point(stored, prefix, matrix, spec.bits)
             if not torch.equal(zero_point.flatten(), matrix.zero_point.flatten()):
                 return f"{prefix}: zero points differ"
-        if matrix.input_scale is not None:
-            if not torch.equal(stored[f"{prefix}.input_scale"], matrix.input_scale):
-                return f"{prefix}: the input scale differs"
+        static = matrix.input_scale
+        if static is not None and not torch.equal(stored[f"{prefix}.input_scale"], static):
+            return f"{prefix}: the input scale differs"
     except KeyError as error:
         return f"{error.args[0]} is missing"
     except (ValueError, RuntimeError) as error:

@@ -193,8 +193,13 @@ class _Decision:
     @property
     def is_matmul(self) -> bool:
         if isinstance(self.owner, nn.Linear | Conv1D):
-            return self.name == "weight"
+            return self.name == "weight" and not self.is_router
         return self.is_experts
+
+    @property
+    def is_router(self) -> bool:
+        # a plain parameter in most mixtures, a subclass of Linear in some: kept in all of them
+        return type(self.owner).__name__.endswith("Router")
 
     @property
     def is_experts(self) -> bool:
@@ -221,6 +226,8 @@ class _Decision:
                     "and vLLM both read. Narrow the rule, or untie the head"
                 )
             return "kept", "embedding", None
+        if self.is_router:
+            return "kept", "router", None
         if not self.is_matmul:
             return "kept", "norm, bias or other small parameter", None
         if rule and rule.action == "keep":
@@ -261,17 +268,16 @@ def _check_rules(model: nn.Module, scheme: Scheme) -> None:
 
 
 def _check_shared(model: nn.Module, coverage: Coverage) -> None:
-    """Raise UserError for a quantized weight that several layers share."""
+    """Raise UserError for a weight that several linear layers share."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    quantized = {entry.name for entry in coverage.quantized}
+    matmul = {entry.name for entry in coverage.entries if entry.matmul}
     for names in owners.values():
-        if len(names) > 1 and quantized.intersection(names):
+        if len(names) > 1 and matmul.intersection(names):
             raise UserError(
                 f"model: {' and '.join(names[:3])} are one weight; no public packed format carries "
-                "a quantized weight that layers share. Keep them by a rule, for example "
-                f"scheme.rules=[{{match: {names[0].rpartition('.')[0]}, action: keep}}]"
+                "linear layers that share one, so this model cannot be converted"
             )
 
 
@@ -327,7 +333,7 @@ def quantized_parameters(model: nn.Module) -> Iterator[Quantized]:
 
 def kept_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
     """(original name, master value, dtype to save) of all kept parameters; tied ones each time."""
-    for owner_name, owner in model.named_modules(remove_duplicate=False):
+    for owner_name, owner in model.named_modules():
         prefix = f"{owner_name}." if owner_name else ""
         for name, original, added in _parametrized(owner):
             if isinstance(added, RoundTo):

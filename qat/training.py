@@ -88,6 +88,15 @@ class Checkpoints(Callback):
         """Restore the best validation loss."""
         self.best = state_dict["best"]
 
+    def on_load_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Count micro-batches as this run makes them; before, they may have been other ones."""
+        done = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            shift = done - counts["ready"]
+            for name in counts:
+                counts[name] += shift
+
     def on_train_batch_end(self, trainer: Trainer, module: CausalLMModule, *args: Any) -> None:
         """End an optimizer step; save if that is due and the step does not validate."""
         batch_idx = args[-1]
