@@ -108,15 +108,16 @@ class Stored:
         return tensor
 
 
-def _stored_codes(stored: Stored, prefix: str, bits: int) -> Tensor:
+def _stored_codes(stored: Stored, matrix: TrainedMatrix, bits: int) -> Tensor:
     """int8 codes [N, K] of one matrix, unpacked by compressed-tensors."""
+    prefix = matrix.prefix
     if f"{prefix}.weight_packed" not in stored:
         return stored[f"{prefix}.weight"]
     shape = torch.Size(stored[f"{prefix}.weight_shape"].tolist())
-    packed = stored[f"{prefix}.weight_packed"]
-    if shape[0] != packed.shape[0]:
-        raise ValueError(f"weight_shape {tuple(shape)}, but {packed.shape[0]} packed rows")
-    codes: Tensor = unpack_from_int32(packed, bits, shape)
+    if shape != matrix.codes.shape:
+        # the unpacking below would cut off or ignore what does not fit
+        raise ValueError(f"weight_shape is {tuple(shape)}, not {tuple(matrix.codes.shape)}")
+    codes: Tensor = unpack_from_int32(stored[f"{prefix}.weight_packed"], bits, shape)
     return codes
 
 
@@ -136,7 +137,7 @@ def _code_problem(stored: Stored, matrix: TrainedMatrix) -> str:
     assert spec is not None
     prefix = matrix.prefix
     try:
-        if not torch.equal(_stored_codes(stored, prefix, spec.bits), matrix.codes):
+        if not torch.equal(_stored_codes(stored, matrix, spec.bits), matrix.codes):
             return f"{prefix}: codes differ"
         scale = stored[f"{prefix}.weight_scale"].float()
         if not torch.equal(scale.flatten(), matrix.scale.flatten()):

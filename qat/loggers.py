@@ -6,6 +6,7 @@ exactly those rows that the resumed run is about to write again.
 
 import csv
 import os
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,16 +91,18 @@ def read_metrics(path: Path) -> list[tuple[str, int, str, float]]:
         ]
 
 
-def wandb_online() -> bool:
-    """Whether a W&B key is set up and nothing asks to stay offline."""
+def wandb_mode() -> str:
+    """What $WANDB_MODE says, else online where a W&B key is set up and works, else offline."""
     mode = os.environ.get("WANDB_MODE", "")
     if mode:
-        return mode == "online"
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+        return mode
     import wandb
 
-    return bool(wandb.api.api_key)
+    try:
+        return "online" if wandb.login(prompt=False) else "offline"
+    except wandb.Error as error:
+        print(f"W&B cannot be reached, so this run is logged offline ({error})", file=sys.stderr)
+        return "offline"
 
 
 class Loggers:
@@ -119,34 +122,41 @@ class Loggers:
         directory: Path,
         resolved: dict[str, Any],
     ) -> None:
+        self.kind = kind
         self.config = config
         self.directory = directory
+        self.resolved = resolved
         self.run: Any = None
-        if kind == "wandb" and rank_zero_only.rank == 0:
-            self.run = self._start(resolved)
 
-    def _start(self, resolved: dict[str, Any]) -> Any:
+    def _start(self) -> Any:
         import wandb
 
-        offline = not wandb_online()
+        mode = wandb_mode()
         return wandb.init(
             project=self.config.project,
             name=self.config.name,
             entity=self.config.entity,
             dir=str(self.directory),
-            config=resolved,
+            config=self.resolved,
             id=_run_id(self.directory),
-            mode="offline" if offline else "online",
-            resume=None if offline else "allow",
-            # the progress bar stays readable; W&B says at the end where the run lies
+            mode=mode,
+            resume="allow" if mode == "online" else None,
+            # the progress bar stays readable
             settings=wandb.Settings(console="off", quiet=True),
         )
 
     def phase(self, name: str) -> list[Logger]:
-        """The loggers of one training phase; W&B metrics are prefixed with its name."""
+        """The loggers of one training phase; W&B metrics are prefixed with its name.
+
+        The first call starts the W&B run: not before the model has loaded, so that input which
+        proves wrong leaves nothing.
+        """
         loggers: list[Logger] = [MetricsCsv(self.directory / "metrics.csv", name)]
-        if self.run is not None:
-            loggers.append(WandbLogger(experiment=self.run, prefix=name))
+        if self.kind == "wandb" and rank_zero_only.rank == 0:
+            self.run = self.run or self._start()
+            wandb_logger = WandbLogger(experiment=self.run, prefix=name)
+            wandb_logger.LOGGER_JOIN_CHAR = "/"  # W&B groups charts by what stands before a slash
+            loggers.append(wandb_logger)
         return loggers
 
     def finish(self, artifact: Path, summary: dict[str, Any]) -> None:

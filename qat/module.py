@@ -186,7 +186,7 @@ class CausalLMModule(LightningModule):
             self.validation_sums.to(self.device, torch.float32), reduce_op="sum"
         )
         loss = float(sums[0] / sums[1])
-        self.log("val_loss", loss, prog_bar=True, logger=False, rank_zero_only=True)
+        self.log("val_loss", loss, prog_bar=True, logger=False, sync_dist=True)
         if self.trainer.is_global_zero:
             errors = quantization_error(self.model)
             self._write(

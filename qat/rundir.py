@@ -70,7 +70,7 @@ def open_run(output_dir: str | None, resume: str | None, recipe: str, config_yam
         if not is_rank_zero():
             return run
         _check_unused(run)
-    run.mkdir(parents=True, exist_ok=True)
+    _make(run)
     if is_rank_zero():
         os.environ[ENVIRONMENT] = str(run.absolute())
         temporary = run / ".config.yaml.tmp"
@@ -93,9 +93,18 @@ def _check_unused(run: Path) -> None:
         raise UserError(f"output_dir={run}: is not empty and holds no run; choose a new directory")
 
 
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(
+            f"output_dir={directory}: cannot be made ({error.strerror}); choose another directory"
+        ) from error
+
+
 def _fresh(parent: Path, recipe: str) -> Path:
     """The first free ``<recipe>-<number>``; made here, so that two runs never share one."""
-    parent.mkdir(parents=True, exist_ok=True)
+    _make(parent)
     number = 1
     while True:
         run = parent / f"{recipe}-{number:03d}"

@@ -35,7 +35,7 @@ _PIECE_MIN, _PIECE_MAX = 256, 8192
 class TextConfig:
     """Reading and packing of the text."""
 
-    seq_len: int = 256
+    seq_len: int = 512
     """Tokens of one block."""
     column: str = "text"
     """Column (key) with the text, in JSON and parquet files."""

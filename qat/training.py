@@ -1,6 +1,7 @@
 """`fit`: one training phase through Lightning, resumable at any moment."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from lightning.pytorch.loggers import Logger
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from qat.errors import UserError
 from qat.fake_quant import InputFakeQuant
 from qat.loggers import MetricsCsv
 from qat.module import CausalLMModule, forward_logits
@@ -50,7 +50,7 @@ class TrainerConfig:
     """Show the progress bar."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for counts below one."""
+        """Raise ValueError for counts below one and for batches that do not divide."""
         for name in (
             "devices",
             "num_nodes",
@@ -62,6 +62,13 @@ class TrainerConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        devices = self.devices * self.num_nodes
+        if self.global_batch_size % (self.micro_batch_size * devices):
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size}: must be a multiple of "
+                f"micro_batch_size × devices = {self.micro_batch_size} × {devices}; lower "
+                "trainer.micro_batch_size or change the batch"
+            )
 
 
 class Checkpoints(Callback):
@@ -123,11 +130,15 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: Trainer, name: str) -> None:
         temporary = self.directory / f".{name}.tmp"
-        trainer.save_checkpoint(temporary, weights_only=False)
-        if trainer.is_global_zero:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self.directory / name)
+        try:
+            trainer.save_checkpoint(temporary, weights_only=False)
+            if trainer.is_global_zero:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.directory / name)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # half a file, most often because the disk is full
+            raise
         trainer.strategy.barrier()
 
 
@@ -145,7 +156,6 @@ def fit(
     weights of the last step (or, with ``keep_best``, ``directory/best.ckpt`` has the best ones).
 
     Raises:
-        UserError: the batch sizes do not fit the devices.
         RuntimeError: the loss became NaN or infinite.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -173,12 +183,6 @@ def fit(
         use_distributed_sampler=False,
     )
     per_pass = config.micro_batch_size * trainer.world_size
-    if config.global_batch_size % per_pass:
-        raise UserError(
-            f"trainer.global_batch_size={config.global_batch_size}: must be a multiple of "
-            f"trainer.micro_batch_size * devices = {config.micro_batch_size} * "
-            f"{trainer.world_size}; lower trainer.micro_batch_size or change the batch"
-        )
     trainer.accumulate_grad_batches = config.global_batch_size // per_pass
     trainer.val_check_interval = config.validate_every_steps * trainer.accumulate_grad_batches
     if config.activation_checkpointing:
@@ -192,7 +196,10 @@ def fit(
     for logger in loggers:
         if isinstance(logger, MetricsCsv):
             logger.rewind(checkpoint_step(last))
-    trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    with warnings.catch_warnings():
+        # lightning 2.6 walks through trees of tensors with a name that torch 2.13 calls old
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     module.model.eval()
     return trainer
 

@@ -15,8 +15,9 @@ from qat.training import TrainerConfig
 class BaselinesConfig:
     """What the trained model is compared with."""
 
-    finetune: bool = True
-    """Train a 16-bit model on the same data, steps and seed: doubles the training time."""
+    finetune: bool | None = None
+    """Train a 16-bit model on the same data, steps and seed, which doubles the training time; null
+    does so for the demo model only."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,13 @@ class TrainConfig(RunConfig):
     """Evaluation after training."""
     prompt: str = "The module defines the following functions:"
     """Prompt of the sample in the report."""
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether the 16-bit baseline is trained."""
+        if self.baselines.finetune is None:
+            return self.model == "demo"
+        return self.baselines.finetune
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,13 @@ def train(config: PretrainConfig, directory: Path) -> None:
     )
     loggers = Loggers(config.logger, config.wandb, directory, asdict(config))
     model = new_model(config)
-    module = CausalLMModule(model, config.optim, config.max_steps, config.seed)
+    module = CausalLMModule(
+        model,
+        config.optim,
+        config.max_steps,
+        config.seed,
+        log_every_steps=config.trainer.log_every_steps,
+    )
     checkpoints = directory / "checkpoints" / "pretrain"
     watch = Stopwatch()
     with watch.phase("train"):

@@ -59,7 +59,7 @@ def foresee(config: TrainConfig) -> tuple[Coverage, Prediction]:
         seq_len=config.text.seq_len,
         trainer=config.trainer,
         optim=config.optim,
-        checkpoints=2 if config.baselines.finetune else 1,
+        checkpoints=2 if config.finetunes else 1,
     )
     return coverage, prediction
 
@@ -85,7 +85,7 @@ def train(config: TrainConfig, directory: Path) -> None:
     checkpoints = directory / "checkpoints"
     model = load_model(path)
     check_packing(model, config.text.seq_len)
-    if config.baselines.finetune:
+    if config.finetunes:
         with watch.phase("finetune"):
             module = new_module(config, model)
             fit(module, data, config.trainer, checkpoints / "finetune", loggers.phase("finetune"))
@@ -113,7 +113,7 @@ def train(config: TrainConfig, directory: Path) -> None:
             tokenizer=tokenizer,
             load_original=lambda: load_model(path),
             load_finetuned=(lambda: finetuned(config, checkpoints / "finetune"))
-            if config.baselines.finetune
+            if config.finetunes
             else None,
             batches=data.validation_blocks(config.evaluate.max_tokens),
             calibration=calibration,

@@ -353,7 +353,11 @@ def test_a_process_without_this_project_computes_the_same_logits(tmp_path):
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         [sys.executable, "-c", READER, *directories],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "equal"

@@ -87,9 +87,7 @@ def test_one_bit_anywhere(every_written, tmp_path):
     names = load_file(every_written.artifact / "model.safetensors")
     chosen = [n for n in names if n.startswith(UP)] + ["model.norm.weight"]
     for number, name in enumerate(chosen):
-        stem = name.removesuffix("_shape").removesuffix("_packed").removesuffix("_scale")
-        stem = stem.removesuffix(".weight").removesuffix(".input").removesuffix("_zero_point")
-        with pytest.raises(FidelityError, match=stem.replace(".", r"\.")):
+        with pytest.raises(FidelityError, match=UP if name.startswith(UP) else name):
             changed(
                 every_written,
                 tmp_path / str(number),
@@ -97,12 +95,15 @@ def test_one_bit_anywhere(every_written, tmp_path):
             )
     kinds = {name.removeprefix(f"{UP}.") for name in chosen[:-1]}
     packed = {"weight_packed", "weight_scale", "weight_shape"}
-    assert kinds == {
-        "int4": packed,
-        "asymmetric": packed | {"weight_zero_point"},
-        "tensor": packed | {"weight_zero_point"},
-        "w8a8": {"weight", "weight_scale", "input_scale"},
-    }[every_written.name]
+    assert (
+        kinds
+        == {
+            "int4": packed,
+            "asymmetric": packed | {"weight_zero_point"},
+            "tensor": packed | {"weight_zero_point"},
+            "w8a8": {"weight", "weight_scale", "input_scale"},
+        }[every_written.name]
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, T5Config
+from transformers import T5Config
 
 from qat.errors import UserError
 from qat.models import load_config, load_model, load_tokenizer, meta_model
@@ -37,7 +37,7 @@ def test_meta_model_has_the_same_parameters_and_no_weights(tmp_path):
 def test_missing_directory_names_a_near_one(model_dir):
     with pytest.raises(UserError, match=rf"no such directory; did you mean {model_dir}"):
         load_config(str(model_dir.parent / "lama"))
-    with pytest.raises(UserError, match="no such directory$"):
+    with pytest.raises(UserError, match=r"no such directory$"):
         load_config(str(model_dir.parent / "nowhere" / "at" / "all"))
 
 
@@ -103,13 +103,6 @@ def test_model_that_is_not_a_causal_lm(tmp_path):
             load(str(tmp_path))
 
 
-def test_encoder_is_refused(tmp_path):
-    BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1).save_pretrained(tmp_path)
-    for load in (load_model, meta_model):
-        with pytest.raises(UserError, match="not a causal language model"):
-            load(str(tmp_path))
-
-
 def test_tokenizer(model_dir):
     loaded = load_tokenizer(str(model_dir), vocab_size=256)
     assert loaded("Hello")["input_ids"] == tiny_tokenizer()("Hello")["input_ids"]
@@ -124,5 +117,5 @@ def test_model_without_a_usable_tokenizer(content, model_dir):
         (model_dir / "tokenizer_config.json").unlink()
     else:
         (model_dir / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match="no (fast )?tokenizer"):
+    with pytest.raises(UserError, match=r"no (fast )?tokenizer"):
         load_tokenizer(str(model_dir))

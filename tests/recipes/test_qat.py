@@ -64,7 +64,9 @@ def test_report(int4: Path):
     assert rows["original"]["kl_to_original"] == 0
     assert rows["artifact"]["bits_per_weight"] <= 4.6
     assert rows["served"]["dtype"] == "bf16"
-    finetuned, rounded, artifact = (losses(int4)[n] for n in ("finetuned", "finetuned_ptq", "artifact"))
+    finetuned, rounded, artifact = (
+        losses(int4)[n] for n in ("finetuned", "finetuned_ptq", "artifact")
+    )
     assert report["recovered"] == (rounded - artifact) / (rounded - finetuned)
     fidelity = report["fidelity"]
     assert fidelity["codes_equal"] is True
