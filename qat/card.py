@@ -49,7 +49,7 @@ def model_card(report: Report, licence: str | None) -> str:
             "",
             "## Quality",
             "",
-            f"Measured on {report.rows['artifact'].quality.tokens:,} held-out tokens of "
+            f"Measured on {report.rows['trained'].quality.tokens:,} held-out tokens of "
             f"{report.data} (training text {report.data_fingerprint[:16]}…).",
             "",
             table(report),

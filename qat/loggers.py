@@ -7,15 +7,19 @@ exactly those rows that the resumed run is about to write again.
 import csv
 import os
 import sys
+import typing
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 COLUMNS = ("phase", "step", "metric", "value")
+
+Mode = Literal["online", "offline", "disabled", "shared"]
+"""Modes of W&B."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,11 @@ def read_metrics(path: Path) -> list[tuple[str, int, str, float]]:
         ]
 
 
-def wandb_mode() -> str:
+def wandb_mode() -> Mode:
     """What $WANDB_MODE says, else online where a W&B key is set up and works, else offline."""
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode:
-        return mode
+    for mode in typing.get_args(Mode):
+        if os.environ.get("WANDB_MODE") == mode:
+            return cast(Mode, mode)
     import wandb
 
     try:

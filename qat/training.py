@@ -66,7 +66,7 @@ class TrainerConfig:
         if self.global_batch_size % (self.micro_batch_size * devices):
             raise ValueError(
                 f"global_batch_size={self.global_batch_size}: must be a multiple of "
-                f"micro_batch_size × devices = {self.micro_batch_size} × {devices}; lower "
+                f"micro_batch_size x devices = {self.micro_batch_size} x {devices}; lower "
                 "trainer.micro_batch_size or change the batch"
             )
 

@@ -22,7 +22,7 @@ from data.tokenizer import train_tokenizer
 from qat.artifact import staged_directory
 from qat.config import to_yaml
 from qat.errors import UserError, resumable
-from qat.evaluate import measure
+from qat.evaluate import Quality, measure
 from qat.finish import Stopwatch
 from qat.loggers import Loggers, read_metrics
 from qat.module import CausalLMModule
@@ -106,6 +106,16 @@ def train(config: PretrainConfig, directory: Path) -> None:
     print(f"{directory / 'model'}: {size / 1e6:.2f} MB")
 
 
+def bits_per_byte(quality: Quality, vocab_size: int) -> float:
+    """Bits per byte of the held-out text, from the mean loss of its tokens.
+
+    The first token of a document has no context and no target: it is charged log2(vocab_size).
+    """
+    held_out = corpus.sizes()["validation"]
+    predicted = quality.loss * quality.tokens / math.log(2)
+    return (predicted + held_out.documents * math.log2(vocab_size)) / held_out.bytes
+
+
 def _record(
     config: PretrainConfig,
     model: PreTrainedModel,
@@ -120,7 +130,6 @@ def _record(
     quality = measure(exact, batches(data.held_out_blocks, 8), None, "held-out text")
     held_out = corpus.sizes()["validation"]
     xz = corpus.xz_bits_per_byte()
-    bits = quality.loss * quality.tokens / math.log(2) / held_out.bytes
     metrics = read_metrics(directory / "metrics.csv")
     return {
         "config": asdict(config),
@@ -129,7 +138,7 @@ def _record(
         "validation_tokens": quality.tokens,
         "validation_bytes": held_out.bytes,
         "bits_per_byte": {
-            "model": bits,
+            "model": bits_per_byte(quality, model.config.vocab_size),
             "xz -9e": xz.alone,
             "xz -9e after training text": xz.with_prefix,
         },

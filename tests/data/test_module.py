@@ -228,7 +228,7 @@ def test_data_source(source):
 
 
 def test_demo(tmp_path):
-    config = TextConfig(cache_dir=str(tmp_path), max_train_tokens=20_000)
+    config = TextConfig(seq_len=256, cache_dir=str(tmp_path), max_train_tokens=20_000)
     data = TextDataModule("demo", byte_tokenizer(), config, 4, 2, seed=0)
     data.prepare_data()
     data.setup()
@@ -241,7 +241,7 @@ def test_demo(tmp_path):
 
 @pytest.mark.skipif(not WIKITEXT.exists(), reason="shared data absent")
 def test_wikitext(tmp_path):
-    config = TextConfig(cache_dir=str(tmp_path), validation=str(WIKITEXT / "test.txt"))
+    config = TextConfig(seq_len=256, cache_dir=str(tmp_path), validation=str(WIKITEXT / "test.txt"))
     data = TextDataModule(str(WIKITEXT / "valid.txt"), byte_tokenizer(), config, 4, 2, seed=0)
     data.setup()
     assert len(data.train_blocks) == (len((WIKITEXT / "valid.txt").read_bytes()) + 1) // 256

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Llama4TextConfig, PhimoeConfig
 
 from qat import convert, fidelity
 from qat.errors import UserError
@@ -320,6 +320,26 @@ def test_experts_kept_by_a_rule_are_stored_fused(family, tmp_path):
 )
 def test_experts_that_differ_from_the_rest(scheme, tmp_path):
     convert_and_compare(tiny("mixtral"), scheme, tmp_path)
+
+
+def test_experts_in_another_layout_are_refused():
+    """Llama 4 stores its experts [E, K, N], without saying so."""
+    sizes = {"head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 96}
+    config = Llama4TextConfig(**(BASE | sizes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with pytest.raises(UserError, match="Llama4TextExperts stores its experts transposed"):
+        prepare(model, Scheme())
+
+
+def test_routers_are_kept_even_where_they_are_linear_layers(tmp_path):
+    torch.manual_seed(0)
+    config = PhimoeConfig(**BASE, num_local_experts=4)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert isinstance(model.model.layers[0].mlp.router, nn.Linear)
+    coverage = prepare(model, Scheme())
+    routers = [entry for entry in coverage.entries if ".router." in entry.name]
+    assert {(entry.status, entry.reason) for entry in routers} == {("kept", "router")}
+    convert_and_compare(model, Scheme(), tmp_path, coverage)
 
 
 READER = """

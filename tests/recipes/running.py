@@ -4,7 +4,6 @@ import csv
 import gc
 import hashlib
 import json
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -47,7 +46,7 @@ RUN_FILES = {
 
 def write_text(path: Path, documents: int = 300) -> Path:
     """A JSON lines file of documents of one to twenty words (so blocks differ in targets)."""
-    words = "the quick brown fox jumps over a lazy dog while wizards pack boxes of jugs".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "wizards"]
     rng = random.Random(0)
     texts = [" ".join(rng.choices(words, k=rng.randint(1, 20))) for _ in range(documents)]
     lines = [json.dumps({"text": text}) for text in texts]

@@ -21,7 +21,6 @@ from tests.recipes.running import (
     curve,
     files,
     hashes,
-    losses,
     metrics,
     read_report,
     run,
