@@ -102,7 +102,7 @@ def train(config: PretrainConfig, directory: Path) -> None:
     size = sum(path.stat().st_size for path in (directory / "model").iterdir())
     print(f"\nbest step {best['global_step']} of {config.max_steps}")
     for name, bits in record["bits_per_byte"].items():
-        print(f"{name:<24}{bits:.4f} bits per byte of held-out text")
+        print(f"{name:<28}{bits:.4f} bits per byte of held-out text")
     print(f"{directory / 'model'}: {size / 1e6:.2f} MB")
 
 
@@ -131,8 +131,11 @@ def _record(
     held_out = corpus.sizes()["validation"]
     xz = corpus.xz_bits_per_byte()
     metrics = read_metrics(directory / "metrics.csv")
+    settings = asdict(config)
+    for place in ("output_dir", "resume"):
+        del settings[place]
     return {
-        "config": asdict(config),
+        "config": settings,
         "best_step": best_step,
         "validation_loss": quality.loss,
         "validation_tokens": quality.tokens,
