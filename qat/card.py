@@ -57,7 +57,7 @@ def model_card(report: Report, licence: str | None) -> str:
             "## Quantization",
             "",
             f"{len(entries)} weights are quantized ({report.coverage.share:.1%} of the linear "
-            "layers' parameters); everything else is kept in 16 bit.",
+            f"layers' parameters); everything else is kept in {report.keep_dtype}.",
             "",
             "```",
             report.coverage.summary(),

@@ -36,7 +36,18 @@ __all__ = ["attribute_docs", "help_text", "load", "load_resume", "saved_recipe",
 
 T = TypeVar("T")
 
-RESUME_MAY_CHANGE = ("max_steps", "trainer", "logger", "wandb")
+RESUME_MAY_CHANGE = (
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.micro_batch_size",
+    "trainer.activation_checkpointing",
+    "trainer.checkpoint_every_steps",
+    "trainer.progress_bar",
+    "logger",
+    "wandb.*",
+)
 """Keys (and sections) that may differ when a run is resumed: none of them changes the mathematics
 of the steps that were already done."""
 
@@ -115,14 +126,14 @@ def load_resume(
     before, after = _flatten(saved), _flatten(resumed)
     for key, value in after.items():
         # the effects of a preset are compared key by key, its name does not matter
-        if key.partition(".")[0] in (*RESUME_MAY_CHANGE, "preset"):
+        if key in RESUME_MAY_CHANGE or key.partition(".")[0] in ("logger", "wandb", "preset"):
             continue
         if key not in before or before[key] != value:
             had = f"{key}={_scalar(before[key])}" if key in before else f"another value of {key}"
             raise UserError(
                 f"{key}={_scalar(value)}: a resumed run keeps its configuration, and {saved_file} "
-                f"has {had}; only max_steps, trainer.*, logger and wandb.* may change. Start a new "
-                "run for anything else"
+                f"has {had}. Only where and how fast it runs may change "
+                f"({', '.join(RESUME_MAY_CHANGE)}); start a new run for anything else"
             )
     return resumed
 

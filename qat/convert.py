@@ -155,10 +155,7 @@ def write_checkpoint(
     shards: list[dict[str, Tensor]] = [{}]
     weight_map: dict[str, int] = {}
     total = size = 0
-    parts = list(quantized_parameters(model))
-    for tensors in tqdm(
-        checkpoint_tensors(model, coverage), desc="convert", delay=2, leave=False, total=len(parts)
-    ):
+    for tensors in tqdm(checkpoint_tensors(model, coverage), desc="convert", leave=False):
         for name, tensor in tensors.items():
             nbytes = tensor.numel() * tensor.element_size()
             if size and size + nbytes > SHARD_BYTES:
@@ -181,7 +178,13 @@ def _shard_path(directory: Path, number: int) -> Path:
 
 
 def _name_shards(directory: Path, weight_map: dict[str, int], count: int, total: int) -> None:
-    """Give shards their final names, which contain their number, and write the index."""
+    """Give shards their final names, which contain their number, and write the index.
+
+    safetensors creates files for the owner alone; they get the mode of the other files.
+    """
+    for number in range(1, count + 1):
+        mode = (directory.stat().st_mode & 0o444) | 0o200
+        _shard_path(directory, number).chmod(mode)
     if count == 1:
         _shard_path(directory, 1).rename(directory / "model.safetensors")
         return

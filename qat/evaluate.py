@@ -59,7 +59,10 @@ class Reference:
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         self.model = model
-        values = sum(batch["input_ids"].numel() for batch in batches) * model.config.vocab_size
+        values = (
+            sum(batch["input_ids"].numel() for batch in batches)
+            * model.config.get_text_config().vocab_size
+        )
         self.cache: list[Tensor] | None = [] if values * 4 <= REFERENCE_BYTES else None
 
     def logits(self, index: int, batch: Batch) -> Tensor:

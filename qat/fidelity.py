@@ -43,18 +43,11 @@ class Fidelity:
     weights_compared: int
     """Number of parameters and buffers compared."""
     logits: str
-    """equal, different, or not compared (with the reason)."""
+    """equal, or not compared (with the reason); a difference is an error."""
     logit_blocks: int
     """Text blocks whose logits were compared."""
     max_logit_diff: float | None
     """Largest absolute difference of a logit; None: not compared."""
-    problems: tuple[str, ...] = ()
-    """The first differences, by name."""
-
-    @property
-    def holds(self) -> bool:
-        """Whether nothing that was compared differs."""
-        return self.codes_equal and self.weights_equal is not False and self.logits != "different"
 
 
 def reload(artifact: Path) -> PreTrainedModel:

@@ -4,7 +4,6 @@ All of it happens in a staging directory that is renamed when it is complete, so
 anywhere in here leaves no artifact and does this part again when it is resumed.
 """
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +19,14 @@ from qat.artifact import staged_directory, write_manifest
 from qat.artifact_summary import bits_per_weight
 from qat.card import model_card
 from qat.convert import write_checkpoint
+from qat.errors import UserError
 from qat.evaluate import Reference, measure
 from qat.fake_quant import set_enabled
 from qat.fidelity import FidelityError, compare
 from qat.generate import sample
 from qat.memory import peak_memory_bytes
 from qat.module import quantization_error
+from qat.packed_layers import Int8Linear, PackedLinear
 from qat.packing import Batch
 from qat.prepare import KEEP_DTYPES, Coverage, prepare
 from qat.report import Report, Row, environment, write_report
@@ -108,19 +109,22 @@ def finish(result: Result) -> Report:
     trained = result.trained.eval()
     set_enabled(trained, True)
     watch = result.watch
-    artifact = result.run / "artifact"
-    with staged_directory(artifact, replace=True) as staging:
+    with staged_directory(result.run / "artifact", replace=True) as staging:
         with watch.phase("convert"):
             write_checkpoint(trained, result.tokenizer, result.coverage, result.scheme, staging)
         with watch.phase("check"):
             fidelity, reloaded = compare(trained, result.coverage, staging, result.batches)
         with watch.phase("evaluate"):
-            measured = _measure_rows(result, reloaded, staging)
+            measured = _Measurement(result, staging)
+            measured.packed_rows(reloaded)
+            del reloaded
+            measured.baseline_rows()
         report = Report(
             recipe=result.recipe,
             model=result.model,
             data=result.data,
             scheme=scheme_name(result.scheme),
+            keep_dtype=result.scheme.keep_dtype,
             rows=measured.rows,
             fidelity=fidelity,
             coverage=result.coverage,
@@ -132,19 +136,29 @@ def finish(result: Result) -> Report:
             predicted_memory_bytes=result.predicted_memory_bytes,
             data_fingerprint=result.data_fingerprint,
         )
-        licence = getattr(trained.config, "license", None)
-        (staging / "README.md").write_text(model_card(report, licence), encoding="utf-8")
-        provenance = {
-            "recipe": result.recipe,
-            "model": result.model,
-            "data": result.data,
-            "data_fingerprint": result.data_fingerprint,
-            "config": result.config,
-            "environment": environment(),
-        }
-        write_manifest(staging, provenance)
+        _describe(result, report, staging)
     write_report(report, result.run)
     return report
+
+
+def _describe(result: Result, report: Report, staging: Path) -> None:
+    """Write model card and manifest; the card states the size of the whole, itself included."""
+    licence = getattr(result.trained.config, "license", None)
+    provenance = {
+        "recipe": result.recipe,
+        "model": result.model,
+        "data": result.data,
+        "data_fingerprint": result.data_fingerprint,
+        "config": result.config,
+        "environment": environment(),
+    }
+    size = -1
+    # twice as a rule: the size that the card states changes the card's length at most once
+    while size != directory_bytes(staging):
+        size = directory_bytes(staging)
+        report.set_packed_size(size)
+        (staging / "README.md").write_text(model_card(report, licence), encoding="utf-8")
+        write_manifest(staging, provenance)
 
 
 def scheme_name(scheme: Scheme) -> str:
@@ -153,47 +167,66 @@ def scheme_name(scheme: Scheme) -> str:
     return f"{name}, {describe(scheme.input)} inputs" if scheme.input else name
 
 
-@dataclass
-class _Measured:
-    rows: dict[str, Row]
-    error_ptq: dict[str, float]
-    sample: str
+def directory_bytes(directory: Path) -> int:
+    """Size of all files below a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def _measure_rows(result: Result, reloaded: PreTrainedModel | None, artifact: Path) -> _Measured:
-    """All rows of the report; one model at a time beside the original."""
-    original = result.load_original()
-    reference = Reference(original, result.batches)
-    keep = KEEP_DTYPES[result.scheme.keep_dtype]
-    keep_bits = 8.0 * keep.itemsize
-    full_size = sum(p.numel() for p in original.parameters()) * keep.itemsize
-    packed_bits = bits_per_weight(artifact)
-    packed_size = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
-    rows: dict[str, Row] = {}
+class _Measurement:
+    """The rows of the report, measured one model at a time beside the original."""
 
-    def add(
-        name: str, model: PreTrainedModel, bits: float | None, size: int, dtype: str = "fp32"
+    def __init__(self, result: Result, artifact: Path) -> None:
+        self.result = result
+        self.artifact = artifact
+        self.rows: dict[str, Row] = {}
+        self.error_ptq: dict[str, float] = {}
+        self.sample = ""
+        original = result.load_original()
+        self.reference = Reference(original, result.batches)
+        self.packed_bits = bits_per_weight(artifact)
+        self.keep_dtype = KEEP_DTYPES[result.scheme.keep_dtype]
+        weights = sum(p.numel() for p in original.parameters()) * self.keep_dtype.itemsize
+        others = directory_bytes(artifact) - sum(
+            path.stat().st_size for path in artifact.glob("*.safetensors")
+        )
+        self.full_size = weights + others
+        self._add("original", original, packed=False)
+
+    def _add(
+        self, name: str, model: PreTrainedModel, packed: bool = True, dtype: str = "fp32"
     ) -> None:
-        rows[name] = Row(measure(model, result.batches, reference, name), bits, size, dtype)
-        gc.collect()
+        quality = measure(model, self.result.batches, self.reference, name)
+        bits = self.packed_bits if packed else 8.0 * self.keep_dtype.itemsize
+        size = directory_bytes(self.artifact) if packed else self.full_size
+        self.rows[name] = Row(quality, bits, size, dtype)
 
-    add("original", original, keep_bits, full_size)
-    if result.load_finetuned is not None:
-        add("finetuned", result.load_finetuned(), keep_bits, full_size)
-    ptq = result.rounded(result.load_original)
-    error_ptq = quantization_error(ptq)
-    add("ptq", ptq, packed_bits, packed_size)
-    del ptq
-    if result.load_finetuned is not None:
-        add("finetuned_ptq", result.rounded(result.load_finetuned), packed_bits, packed_size)
-    add("trained", result.trained, packed_bits, packed_size)
-    if reloaded is not None:
-        # else memory did not allow it, which the fidelity section says
-        add("artifact", reloaded, packed_bits, packed_size)
-        losses = [rows[name].quality.loss for name in ("artifact", "trained")]
-        if losses[0] != losses[1]:
-            raise FidelityError(f"losses of artifact and trained module differ: {losses}")
-    served = runtime.load_packed(artifact, dtype=torch.bfloat16)
-    add("served", served, packed_bits, packed_size, "bf16")
-    text = sample(served, result.tokenizer, result.prompt, max_new_tokens=48)
-    return _Measured(rows, error_ptq, text)
+    def packed_rows(self, reloaded: PreTrainedModel | None) -> None:
+        """The trained module, the artifact (unless memory was too short for it), and as served."""
+        self._add("trained", self.result.trained)
+        if reloaded is not None:
+            self._add("artifact", reloaded)
+            losses = [self.rows[name].quality.loss for name in ("artifact", "trained")]
+            if losses[0] != losses[1]:
+                raise FidelityError(f"losses of artifact and trained module differ: {losses}")
+        served = runtime.load_packed(self.artifact, dtype=torch.bfloat16)
+        packed = any(isinstance(m, PackedLinear | Int8Linear) for m in served.modules())
+        how = "packed kernels" if packed else "plain transformers: no packed kernel covers it"
+        self._add("served", served, dtype=f"bf16, {how}")
+        try:
+            self.sample = sample(
+                served, self.result.tokenizer, self.result.prompt, max_new_tokens=48
+            )
+        except UserError as error:
+            # a prompt that the model has no room for must not cost the trained artifact
+            self.sample = f" [no sample: {error}]"
+
+    def baseline_rows(self) -> None:
+        """The original rounded, and the 16-bit fine-tune as it is and rounded."""
+        result = self.result
+        ptq = result.rounded(result.load_original)
+        self.error_ptq = quantization_error(ptq)
+        self._add("ptq", ptq)
+        del ptq
+        if result.load_finetuned is not None:
+            self._add("finetuned", result.load_finetuned(), packed=False)
+            self._add("finetuned_ptq", result.rounded(result.load_finetuned))

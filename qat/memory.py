@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig
 
 from qat.optim import OptimConfig
 from qat.prepare import Coverage
@@ -58,10 +59,7 @@ class Prediction:
 
 def predict(
     coverage: Coverage,
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    vocab: int,
+    shape: PreTrainedConfig,
     seq_len: int,
     trainer: TrainerConfig,
     optim: OptimConfig,
@@ -71,15 +69,15 @@ def predict(
 
     Args:
         coverage: all parameters of the model.
-        hidden: features between layers.
-        intermediate: features inside the MLP.
-        layers: decoder layers.
-        vocab: entries of the vocabulary.
+        shape: the model's (text) configuration.
         seq_len: tokens per block.
         trainer: batch size, precision and checkpointing.
         optim: the optimizer's name.
-        checkpoints: how many full checkpoints the run leaves (the 16-bit baseline keeps one too).
+        checkpoints: how many full checkpoints the run leaves (the 16-bit baseline keeps one too);
+            one more is on the disk while it is being written.
     """
+    hidden, layers, vocab = shape.hidden_size, shape.num_hidden_layers, shape.vocab_size
+    intermediate = getattr(shape, "intermediate_size", None) or 4 * hidden
     numel = sum(entry.numel for entry in coverage.entries)
     quantized = sum(entry.numel for entry in coverage.quantized)
     tokens = trainer.micro_batch_size * seq_len
@@ -97,7 +95,7 @@ def predict(
     packed = sum(
         entry.numel * (entry.weight.bits + 0.5) / 8 for entry in coverage.quantized if entry.weight
     )
-    disk = checkpoints * (4 * numel + state) + int(packed) + 2 * (numel - quantized)
+    disk = (checkpoints + 1) * (4 * numel + state) + int(packed) + 2 * (numel - quantized)
     return Prediction(
         parameters=4 * numel,
         gradients=4 * numel,

@@ -141,6 +141,12 @@ class CausalLMModule(LightningModule):
         limit = self.optim.clip_norm or torch.inf
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if not bool(torch.isfinite(self.grad_norm)):
+            # before the optimizer spoils weights and state that the next checkpoint would keep
+            raise RuntimeError(
+                f"the gradient is not finite at step {self.global_step + 1}: training diverged. "
+                "Lower optim.lr, raise optim.warmup_steps or lower optim.clip_norm in a new run"
+            )
 
     def end_step(self) -> None:
         """At the end of an optimizer step: commit observers, log.
@@ -153,11 +159,6 @@ class CausalLMModule(LightningModule):
         step = self.global_step
         if step % self.log_every_steps == 0 or step == self.max_steps:
             loss = float(self.trainer.strategy.reduce(self.step_loss, reduce_op="sum"))
-            if not torch.isfinite(torch.tensor(loss)):
-                raise RuntimeError(
-                    f"the loss is {loss} at step {step}: training diverged. Lower optim.lr, "
-                    "raise optim.warmup_steps, or lower optim.clip_norm, and start again"
-                )
             self.log("loss", loss, prog_bar=True, logger=False)
             # the schedule has already stepped; this step ran with the previous value
             factor = self.lr_schedulers().lr_lambdas[0](step - 1)

@@ -17,7 +17,9 @@ from qat_kernels.numerics import scale_from_range
 class RangeObserver(nn.Module):
     """Moving average of the largest magnitude of an activation, fp32 scalars.
 
-    ``ema_minmax`` averages the extremes of each step, ``percentile`` the given percentile of |x|.
+    ``ema_minmax`` averages the extremes of each step. ``percentile`` averages the largest of the
+    percentiles of |x| that the step's micro-batches show, so that it depends a little on how the
+    step is split.
     """
 
     pending: Tensor
@@ -55,22 +57,26 @@ class RangeObserver(nn.Module):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Fold the step's range into the average; the first one is taken as it is."""
+        """Fold the step's range into the average; the first one is taken as it is.
+
+        A step that showed nothing, or an infinite value, leaves the average alone.
+        """
+        seen = self.pending.clone()
+        self.pending.copy_(torch.tensor([torch.inf, -torch.inf]))
         if bool(self.frozen):
-            self.pending.copy_(torch.tensor([torch.inf, -torch.inf]))
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            signed = self.pending * self.pending.new_tensor([-1.0, 1.0])
+            # the lowest value as the largest negative one: a single reduction for both
+            signed = seen * seen.new_tensor([-1.0, 1.0])
             torch.distributed.all_reduce(signed, op=torch.distributed.ReduceOp.MAX)
-            self.pending.copy_(signed * signed.new_tensor([-1.0, 1.0]))
-        if not bool(torch.isfinite(self.pending).all()):
+            seen = signed * signed.new_tensor([-1.0, 1.0])
+        if not bool(torch.isfinite(seen).all()):
             return
         if int(self.steps) == 0:
-            self.range.copy_(self.pending)
+            self.range.copy_(seen)
         else:
-            self.range.lerp_(self.pending, self.config.momentum)
+            self.range.lerp_(seen, self.config.momentum)
         self.steps += 1
-        self.pending.copy_(torch.tensor([torch.inf, -torch.inf]))
 
     def scale(self, spec: QuantSpec) -> Tensor:
         """fp32 scalar scale for the range observed so far."""

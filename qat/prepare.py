@@ -256,15 +256,29 @@ class _Decision:
 
 
 def _check_rules(model: nn.Module, scheme: Scheme) -> None:
-    """Raise UserError for a rule that no module matches, naming near ones."""
+    """Raise UserError for a rule that decides nothing, and say why."""
     names = [name for name, _ in model.named_modules() if name]
+    deciding = []
+    for owner_name, owner, name, parameter in _own_parameters(model):
+        rule = scheme.rule_for(owner_name)
+        quantizable = _Decision(scheme, owner_name, owner, name, parameter).is_matmul
+        if rule and (rule.action == "keep" or quantizable or isinstance(owner, nn.Embedding)):
+            deciding.append(rule)
     for rule in scheme.rules:
-        if not any(fnmatch.fnmatchcase(name, rule.match) for name in names):
+        if rule in deciding:
+            continue
+        matched = [name for name in names if fnmatch.fnmatchcase(name, rule.match)]
+        if not matched:
             near = nearest(rule.match, names) or names[-1]
             raise UserError(
                 f"scheme.rules: match={rule.match!r} selects no module of this model; a near name "
                 f"is {near!r} (wildcards * and ? are allowed)"
             )
+        raise UserError(
+            f"scheme.rules: match={rule.match!r} decides nothing: it selects {matched[0]!r}, which "
+            f"has no weight of its own to {rule.action}, or an earlier rule decides first. To "
+            f"select what is inside a block write {rule.match + '.*'!r}"
+        )
 
 
 def _check_shared(model: nn.Module, coverage: Coverage) -> None:

@@ -5,7 +5,7 @@ import math
 import platform
 import re
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ ROWS = {
     "finetuned_ptq": "the 16-bit fine-tune, rounded",
     "trained": "the fake-quantized module",
     "artifact": "reloaded from disk by plain transformers",
-    "served": "packed weights through qat_kernels",
+    "served": "as `qat generate` runs it",
 }
 """Row name → what it is, in the order of the table."""
 
@@ -55,6 +55,8 @@ class Report:
     """What it was trained on."""
     scheme: str
     """Short description of the quantization."""
+    keep_dtype: str
+    """Dtype of what is not quantized."""
     rows: dict[str, Row]
     """Row name → figures."""
     fidelity: Fidelity
@@ -76,6 +78,12 @@ class Report:
     data_fingerprint: str
     """Identifies the training text."""
     environment: dict[str, Any] = field(default_factory=lambda: environment())
+
+    def set_packed_size(self, size_bytes: int) -> None:
+        """State the size of the finished artifact in all rows that have its layout."""
+        for name, row in self.rows.items():
+            if name not in ("original", "finetuned"):
+                self.rows[name] = replace(row, size_bytes=size_bytes)
 
     @property
     def recovered(self) -> float | None:

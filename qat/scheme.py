@@ -46,6 +46,11 @@ class Rule:
     input: InputSpec | None = None
     """Input spec of these modules; null takes the scheme's."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a rule that contradicts itself."""
+        if self.action == "keep" and (self.weight or self.input):
+            raise ValueError(f"action=keep: the rule {self.match!r} must not give specs too")
+
 
 @dataclass(frozen=True)
 class ObserverConfig:
@@ -111,12 +116,6 @@ class Scheme:
             if fnmatch.fnmatchcase(name, rule.match):
                 return rule
         return None
-
-    @property
-    def static_input(self) -> bool:
-        """Whether some input range has to be calibrated."""
-        specs = [self.input, *(rule.input for rule in self.rules)]
-        return any(spec is not None and not spec.dynamic for spec in specs)
 
 
 def _check_input(spec: QuantSpec) -> None:

@@ -11,6 +11,7 @@ import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -149,7 +150,7 @@ def fit(
     directory: Path,
     loggers: list[Logger],
     keep_best: bool = False,
-) -> Trainer:
+) -> None:
     """Train ``module`` for its ``max_steps``, from ``directory/last.ckpt`` if there is one.
 
     A phase that is already complete only loads its result. Afterwards the module holds the
@@ -159,10 +160,9 @@ def fit(
         RuntimeError: the loss became NaN or infinite.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    validate_every = min(config.validate_every_steps, module.max_steps)
     callbacks: list[Callback] = [
-        Checkpoints(
-            directory, config.checkpoint_every_steps, config.validate_every_steps, keep_best
-        )
+        Checkpoints(directory, config.checkpoint_every_steps, validate_every, keep_best)
     ]
     if config.progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
@@ -170,7 +170,11 @@ def fit(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=config.strategy,
+        # buffers are equal on all ranks by construction (observers all-reduce), and broadcasting
+        # them would hang when a rank has no validation block
+        strategy=DDPStrategy(broadcast_buffers=False)
+        if config.strategy == "ddp"
+        else config.strategy,
         precision=config.precision,
         max_steps=module.max_steps,
         check_val_every_n_epoch=None,
@@ -184,7 +188,7 @@ def fit(
     )
     per_pass = config.micro_batch_size * trainer.world_size
     trainer.accumulate_grad_batches = config.global_batch_size // per_pass
-    trainer.val_check_interval = config.validate_every_steps * trainer.accumulate_grad_batches
+    trainer.val_check_interval = validate_every * trainer.accumulate_grad_batches
     if config.activation_checkpointing:
         # renamed in transformers 5.2x; the old name warns there
         model: Any = module.model
@@ -201,7 +205,8 @@ def fit(
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
         trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     module.model.eval()
-    return trainer
+    # the trainer holds the optimizer's state, which nobody needs any more
+    module.trainer, data.trainer = None, None
 
 
 def checkpoint_step(path: Path) -> int:

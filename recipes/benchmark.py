@@ -1,7 +1,7 @@
 """Cost of quantization-aware training: its step against the plain step of the same model.
 
-Both steps run in one process, in turn, so that the machine's mood hits both alike; the ratio of
-medians is the figure. Peak memory is measured in a process of its own for each, because a
+Both steps run in one process, in turn, so that drifts in speed hit both alike; the median of the
+pairs' ratios is the figure. Peak memory is measured in a process of its own for each, because a
 process's peak never falls.
 """
 

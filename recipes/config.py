@@ -59,6 +59,12 @@ class RunConfig:
         """Raise ValueError for a run that cannot do what it is asked to."""
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps}: at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed}: from 0 to {2**31 - 1}")
+        if self.optim.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps}: below max_steps={self.max_steps}"
+            )
         if self.scheme.enable_after_steps >= self.max_steps:
             raise ValueError(
                 f"scheme.enable_after_steps={self.scheme.enable_after_steps}: below max_steps="

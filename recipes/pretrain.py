@@ -25,11 +25,12 @@ from qat.errors import UserError, resumable
 from qat.evaluate import Quality, measure
 from qat.finish import Stopwatch
 from qat.loggers import Loggers, read_metrics
-from qat.module import CausalLMModule
 from qat.packing import batches
 from qat.report import environment
 from qat.rundir import run_directory
+from qat.scheme import Scheme
 from qat.training import fit
+from recipes.common import new_data, new_module
 from recipes.config import PretrainConfig
 
 
@@ -40,6 +41,8 @@ def run(config: PretrainConfig) -> None:
             "pretrain_demo trains the built-in model on the built-in corpus: leave "
             "model and data at demo"
         )
+    if config.scheme != Scheme():
+        raise UserError("scheme: pretrain_demo trains in 16 bit; quantize with recipe=qat_int4")
     if config.dry_run:
         numel = sum(p.numel() for p in new_model(config).parameters())
         print(f"{to_yaml(config)}\n{numel:,} parameters, {numel * 2 / 1e6:.1f} MB in bf16")
@@ -68,23 +71,15 @@ def train(config: PretrainConfig, directory: Path) -> None:
     """Tokenizer, training, measurement, model directory."""
     seed_everything(config.seed, verbose=False)
     tokenizer = train_tokenizer(corpus.documents("train"), config.shape.vocab_size)
-    data = TextDataModule(
-        config.data,
-        tokenizer,
-        config.text,
-        global_batch_size=config.trainer.global_batch_size,
-        micro_batch_size=config.trainer.micro_batch_size,
-        seed=config.seed,
-    )
+    data = new_data(config, tokenizer)
+    if len(data.held_out_blocks.store.tokens) >= config.text.max_validation_tokens:
+        raise UserError(
+            f"text.max_validation_tokens={config.text.max_validation_tokens}: cuts the held-out "
+            "text, whose bits per byte are measured; raise it"
+        )
     loggers = Loggers(config.logger, config.wandb, directory, asdict(config))
     model = new_model(config)
-    module = CausalLMModule(
-        model,
-        config.optim,
-        config.max_steps,
-        config.seed,
-        log_every_steps=config.trainer.log_every_steps,
-    )
+    module = new_module(config, model)
     checkpoints = directory / "checkpoints" / "pretrain"
     watch = Stopwatch()
     with watch.phase("train"):
