@@ -10,7 +10,7 @@ from qat.prepare import plan
 from qat.scheme import Scheme
 from qat.training import TrainerConfig
 from qat_kernels import QuantSpec
-from tests.tiny import tiny
+from tests.tiny import CONFIGS, tiny
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB, SEQ = 64, 96, 2, 256, 128
 WIDE = QuantSpec(bits=8, granularity="channel", grid="absmax")
@@ -20,9 +20,7 @@ def predicted(scheme=None, optim="adamw", checkpoints=1, **trainer):
     coverage = plan(tiny("llama"), scheme or Scheme())
     config = TrainerConfig(**{"micro_batch_size": 4} | trainer)
     optimizer = OptimConfig(name=optim)
-    return predict(
-        coverage, HIDDEN, INTERMEDIATE, LAYERS, VOCAB, SEQ, config, optimizer, checkpoints
-    )
+    return predict(coverage, CONFIGS["llama"], SEQ, config, optimizer, checkpoints)
 
 
 def counts():

