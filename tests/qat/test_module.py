@@ -264,7 +264,7 @@ def test_divergence_is_an_error_with_advice(tmp_path):
     module = module_of()
     with torch.no_grad():
         module.model.lm_head.weight.fill_(torch.inf)
-    with pytest.raises(RuntimeError, match=r"loss is nan at step 1: .*Lower optim\.lr"):
+    with pytest.raises(RuntimeError, match=r"gradient is not finite at step 1: .*Lower optim\.lr"):
         train(module, tmp_path)
 
 

@@ -119,11 +119,13 @@ def test_the_first_adamw_step_by_hand():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, r"lr=0\.0: above 0"),
-        ({"eps": -1.0}, r"eps=-1\.0: above 0"),
-        ({"weight_decay": -0.1}, r"weight_decay=-0\.1: at least 0"),
-        ({"warmup_steps": -1}, "warmup_steps=-1: at least 0"),
-        ({"clip_norm": -1.0}, r"clip_norm=-1\.0: at least 0"),
+        ({"lr": 0.0}, r"lr=0\.0: a finite number above 0"),
+        ({"eps": -1.0}, r"eps=-1\.0: a finite number above 0"),
+        ({"weight_decay": -0.1}, r"weight_decay=-0\.1: a finite number, at least 0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1: a finite number, at least 0"),
+        ({"clip_norm": -1.0}, r"clip_norm=-1\.0: a finite number, at least 0"),
+        ({"lr": float("nan")}, "lr=nan: a finite number above 0"),
+        ({"beta1": 1.0}, r"beta1=1\.0: at least 0 and below 1"),
         ({"min_lr_ratio": 1.5}, r"min_lr_ratio=1\.5: between 0 and 1"),
     ],
 )

@@ -232,3 +232,33 @@ def test_linear_subclasses_keep_their_own_forward():
     assert isinstance(layer, nn.Linear)
     assert not isinstance(layer, FakeQuantLinear)
     assert "FalconLinear" in type(layer).__name__
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([Rule("*.mlp", "keep")], r"'\*\.mlp' decides nothing.*write '\*\.mlp\.\*'"),
+        ([Rule("*norm")], r"'\*norm' decides nothing"),
+        ([Rule("*.mlp.*", "keep"), Rule("*.up_proj")], r"'\*\.up_proj' decides nothing"),
+    ],
+)
+def test_rule_that_decides_nothing(rules, message):
+    with pytest.raises(UserError, match=message):
+        plan(tiny("llama"), Scheme(rules=rules, min_coverage=0))
+
+
+def test_rule_that_contradicts_itself():
+    with pytest.raises(ValueError, match="action=keep: the rule 'lm_head' must not give specs"):
+        Rule("lm_head", "keep", weight=QuantSpec())
+
+
+def test_an_infinite_activation_does_not_stay_in_the_average():
+    quantizer = InputFakeQuant(
+        InputSpec(granularity="tensor", dynamic=False, scale_dtype="bfloat16"), ObserverConfig()
+    )
+    quantizer.train()
+    for value in (torch.inf, 2.0):
+        quantizer(torch.tensor([value]))
+        quantizer.observer.commit()
+    assert int(quantizer.observer.steps) == 1
+    assert quantizer.observer.range.tolist() == [2.0, 2.0]

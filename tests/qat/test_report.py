@@ -51,6 +51,7 @@ def report(prepared):
         model="models/tiny",
         data="demo",
         scheme="int4 g32 signed_absmax weights",
+        keep_dtype="bfloat16",
         rows={name: row(name, loss) for name, loss in LOSSES.items()},
         fidelity=Fidelity(True, 14, True, 21, "equal", 8, 0.0),
         coverage=coverage,
