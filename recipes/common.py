@@ -1,10 +1,27 @@
 """What the training recipes share: data and module as the configuration describes them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from data.module import TextDataModule
+from qat.config import to_yaml
+from qat.errors import resumable
 from qat.module import CausalLMModule, Timing
+from qat.rundir import run_directory
 from recipes.config import RunConfig
+
+
+@contextmanager
+def own_directory(config: RunConfig) -> Iterator[Path]:
+    """The run's directory for a block; what ends the block early says how to continue."""
+    text = to_yaml(config)
+    with run_directory(config.output_dir, config.resume, config.recipe, text) as directory:
+        again = f"python train.py recipe={config.recipe} resume={directory}"
+        with resumable(directory, again):
+            yield directory
 
 
 def new_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TextDataModule:

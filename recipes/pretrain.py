@@ -21,16 +21,15 @@ from data.module import TextDataModule
 from data.tokenizer import train_tokenizer
 from qat.artifact import staged_directory
 from qat.config import to_yaml
-from qat.errors import UserError, resumable
+from qat.errors import UserError
 from qat.evaluate import Quality, measure
 from qat.finish import Stopwatch
 from qat.loggers import Loggers, read_metrics
 from qat.packing import batches
 from qat.report import environment
-from qat.rundir import run_directory
 from qat.scheme import Scheme
 from qat.training import fit
-from recipes.common import new_data, new_module
+from recipes.common import new_data, new_module, own_directory
 from recipes.config import PretrainConfig
 
 
@@ -47,12 +46,8 @@ def run(config: PretrainConfig) -> None:
         numel = sum(p.numel() for p in new_model(config).parameters())
         print(f"{to_yaml(config)}\n{numel:,} parameters, {numel * 2 / 1e6:.1f} MB in bf16")
         return
-    with run_directory(
-        config.output_dir, config.resume, config.recipe, to_yaml(config)
-    ) as directory:
-        again = f"python train.py recipe={config.recipe} resume={directory}"
-        with resumable(directory, again):
-            train(config, directory)
+    with own_directory(config) as directory:
+        train(config, directory)
 
 
 def new_model(config: PretrainConfig) -> PreTrainedModel:

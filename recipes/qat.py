@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from data.demo import model_path
 from qat.compressed_tensors import layout
 from qat.config import to_yaml
-from qat.errors import resumable
 from qat.finish import Result, Stopwatch, finish
 from qat.loggers import Loggers
 from qat.memory import Prediction, predict
@@ -18,9 +17,9 @@ from qat.models import load_config, load_model, load_tokenizer, meta_model
 from qat.packing import check_packing
 from qat.prepare import KEEP_DTYPES, Coverage, plan, prepare
 from qat.report import table, verdict
-from qat.rundir import is_rank_zero, run_directory
+from qat.rundir import is_rank_zero
 from qat.training import calibrate, fit
-from recipes.common import new_data, new_module
+from recipes.common import new_data, new_module, own_directory
 from recipes.config import TrainConfig
 
 
@@ -30,12 +29,8 @@ def run(config: TrainConfig) -> None:
         coverage, prediction = foresee(config)
         print(to_yaml(config), coverage.summary(), "", prediction.table(), sep="\n")
         return
-    with run_directory(
-        config.output_dir, config.resume, config.recipe, to_yaml(config)
-    ) as directory:
-        again = f"python train.py recipe={config.recipe} resume={directory}"
-        with resumable(directory, again):
-            train(config, directory)
+    with own_directory(config) as directory:
+        train(config, directory)
 
 
 def foresee(config: TrainConfig) -> tuple[Coverage, Prediction]:

@@ -67,7 +67,6 @@ def tiny_setup(directory: Path, family: str = "llama", **config: Any) -> list[st
         f"text.cache_dir={directory / 'cache'}",
         "text.validation_fraction=0.1",
         "preset=[trainer/debug]",
-        "optim.warmup_steps=1",
         "trainer.progress_bar=false",
     ]
 
