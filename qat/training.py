@@ -157,7 +157,7 @@ def fit(
     weights of the last step (or, with ``keep_best``, ``directory/best.ckpt`` has the best ones).
 
     Raises:
-        RuntimeError: the loss became NaN or infinite.
+        RuntimeError: a gradient became NaN or infinite.
     """
     directory.mkdir(parents=True, exist_ok=True)
     validate_every = min(config.validate_every_steps, module.max_steps)
