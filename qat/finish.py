@@ -210,7 +210,7 @@ class _Measurement:
                 raise FidelityError(f"losses of artifact and trained module differ: {losses}")
         served = runtime.load_packed(self.artifact, dtype=torch.bfloat16)
         packed = any(isinstance(m, PackedLinear | Int8Linear) for m in served.modules())
-        how = "packed kernels" if packed else "plain transformers: no packed kernel covers it"
+        how = "packed weights" if packed else "plain transformers: no packed layer covers it"
         self._add("served", served, dtype=f"bf16, {how}")
         try:
             self.sample = sample(
