@@ -159,14 +159,15 @@ def _corpus() -> tuple[Document, ...]:
     seen: set[str] = set()
     result: list[Document] = []
     for split in SPLITS:
-        for name in sorted(name for name in raw if _split_of(name) == split):
+        for name in sorted(name for name in raw if split_of(name) == split):
             text = _without_repetitions(raw[name], seen)
             if text:
                 result.append(Document(name, split, text))
     return tuple(result)
 
 
-def _split_of(name: str) -> Split:
+def split_of(name: str) -> Split:
+    """The split of a document, by its name alone (`module:json.decoder`)."""
     kind, _, path = name.partition(":")
     family = ".".join(part.removeprefix("_py").lstrip("_") for part in path.split("."))
     digest = hashlib.sha256(f"{_SPLIT_SALT}{kind}:{family}".encode()).digest()
@@ -194,7 +195,8 @@ def _topics() -> Iterator[tuple[str, str]]:
     yield from topics.items()
 
 
-def _python_modules() -> Iterator[tuple[str, list[str]]]:
+def python_sources() -> Iterator[tuple[str, bytes]]:
+    """Yield name and source of the standard library's Python modules, in no fixed order."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts
@@ -202,24 +204,29 @@ def _python_modules() -> Iterator[tuple[str, list[str]]]:
         generated = parts[0].startswith("config-") or parts[-1].startswith("_sysconfigdata")
         if generated or not _SKIPPED_FOLDERS.isdisjoint(parts):
             continue
-        name = ".".join(parts).removesuffix(".__init__")
-        docstrings = _docstrings(path.read_bytes())
+        yield ".".join(parts).removesuffix(".__init__"), path.read_bytes()
+
+
+def parse(source: bytes) -> ast.Module:
+    """Parse a source; one that this Python cannot parse (a template, a broken file) is empty."""
+    try:
+        with warnings.catch_warnings():
+            # Old sources hold invalid escapes, about which the parser warns.
+            warnings.simplefilter("ignore")
+            return ast.parse(source)
+    except (SyntaxError, ValueError):
+        return ast.Module(body=[], type_ignores=[])
+
+
+def _python_modules() -> Iterator[tuple[str, list[str]]]:
+    for name, source in python_sources():
+        docstrings = _docstrings(source)
         if docstrings:
             yield name, docstrings
 
 
 def _docstrings(source: bytes) -> list[str]:
-    """Return the docstrings of a module, its classes and functions in source order.
-
-    A source that this Python cannot parse (templates and deliberately broken files) has none.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Old sources hold invalid escapes, about which the parser warns.
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return []
+    """Return the docstrings of a module, its classes and functions in source order."""
     found: list[str] = []
 
     def visit(node: ast.AST) -> None:
@@ -233,7 +240,7 @@ def _docstrings(source: bytes) -> list[str]:
                 if isinstance(child, ast.stmt | ast.ExceptHandler):
                     visit(child)
 
-    visit(tree)
+    visit(parse(source))
     return found
 
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 
 from qat.compressed_tensors import layout, quantization_config, weight_tensors
-from qat.fake_quant import FakeQuantLinear
-from qat.prepare import Coverage, CoverageEntry, kept_parameters, quantized_parameters
+from qat.prepare import Coverage, CoverageEntry
 from qat.scheme import Scheme
+from qat.trained import kept_parameters, quantized_parameters
 from qat_kernels import compute_scale, quantize
 
 SHARD_BYTES = 4 << 30
@@ -68,11 +69,9 @@ def trained_matrices(model: PreTrainedModel, coverage: Coverage) -> Iterator[Tra
         if codes.ndim == 3:
             yield from _experts(model, entry, codes, scale)
             continue
-        owner = item.owner
         static = None
-        inputs = owner.input_fake_quant if isinstance(owner, FakeQuantLinear) else None
-        if inputs is not None and inputs.observer is not None:
-            static = inputs.scale().reshape(1).to(torch.float32)
+        if item.inputs is not None and item.inputs.observer is not None:
+            static = item.inputs.scale().reshape(1).to(torch.float32)
         yield TrainedMatrix(entry, entry.module, codes, scale, zero_point, static)
 
 
@@ -145,32 +144,55 @@ def write_checkpoint(
 ) -> None:
     """Write weights, config.json and tokenizer files of the packed model into ``directory``.
 
-    Tensors are collected up to SHARD_BYTES and written, so that memory holds one shard beside the
-    model. The result loads in plain transformers.
+    The result loads in plain transformers.
 
     Raises:
         UserError: the coverage cannot be stored, see `qat.compressed_tensors.layout`.
         OSError: the disk is full.
     """
+    write_shards(checkpoint_tensors(model, coverage), directory, "convert")
+    owners = {entry.module for entry in coverage.entries if entry.name.endswith(".weight")}
+    values: dict[str, Any] = {
+        "dtype": layout(coverage).model_dtype(scheme.keep_dtype),
+        "quantization_config": quantization_config(coverage, head_name(model)),
+    }
+    if {head_name(model), _name_of(model, model.get_input_embeddings())} <= owners:
+        # the head has its own weight: a flag that says otherwise would make readers drop it
+        values["tie_word_embeddings"] = False
+    write_config(model, values, directory)
+    tokenizer.save_pretrained(directory)
+
+
+def write_shards(tensors: Iterator[dict[str, Tensor]], directory: Path, name: str) -> None:
+    """Write a stream of named tensors as safetensors files, with an index where there are several.
+
+    Tensors are collected up to SHARD_BYTES and written, so that memory holds one shard.
+
+    Args:
+        tensors: parts of the checkpoint, each name once.
+        directory: where to.
+        name: shown by the progress bar.
+
+    Raises:
+        OSError: the disk is full.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     weight_map: dict[str, int] = {}
     total = size = 0
-    for tensors in tqdm(checkpoint_tensors(model, coverage), desc="convert", leave=False):
-        for name, tensor in tensors.items():
+    for part in tqdm(tensors, desc=name, leave=False):
+        for key, tensor in part.items():
             nbytes = tensor.numel() * tensor.element_size()
             if size and size + nbytes > SHARD_BYTES:
                 save_file(shards[-1], _shard_path(directory, len(shards)), {"format": "pt"})
                 shards[-1] = {}
                 shards.append({})
                 size = 0
-            shards[-1][name] = tensor
-            weight_map[name] = len(shards)
+            shards[-1][key] = tensor
+            weight_map[key] = len(shards)
             size += nbytes
             total += nbytes
     save_file(shards[-1], _shard_path(directory, len(shards)), {"format": "pt"})
     _name_shards(directory, weight_map, len(shards), total)
-    _write_config(model, coverage, scheme, directory)
-    tokenizer.save_pretrained(directory)
 
 
 def _shard_path(directory: Path, number: int) -> Path:
@@ -201,20 +223,12 @@ def _name_shards(directory: Path, weight_map: dict[str, int], count: int, total:
     )
 
 
-def _write_config(
-    model: PreTrainedModel, coverage: Coverage, scheme: Scheme, directory: Path
-) -> None:
+def write_config(model: PreTrainedModel, values: dict[str, Any], directory: Path) -> None:
+    """Write config.json, with ``values`` put over the model's own, and generation_config.json."""
     model.config.save_pretrained(directory)
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["architectures"] = [type(model).__name__]
-    config["dtype"] = layout(coverage).model_dtype(scheme.keep_dtype)
-    config["use_cache"] = True
-    owners = {entry.module for entry in coverage.entries if entry.name.endswith(".weight")}
-    if {head_name(model), _name_of(model, model.get_input_embeddings())} <= owners:
-        # the head has its own weight: a flag that says otherwise would make readers drop it
-        config["tie_word_embeddings"] = False
-    config["quantization_config"] = quantization_config(coverage, head_name(model))
+    config |= {"architectures": [type(model).__name__], "use_cache": True} | values
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if model.can_generate():
         model.generation_config.save_pretrained(directory)

@@ -5,7 +5,7 @@
   (3-D experts, subclasses of Linear) get it as a `torch.nn.utils.parametrize` parametrization,
   which leaves the owner's forward as it is.
 - `RoundTo` is the parametrization of everything that is kept: the forward pass sees it in the
-  dtype in which it will be saved.
+  dtype in which it will be saved. `TrainedRows` lets some rows of a frozen matrix train.
 
 Shapes: x [..., K], weight [N, K] or [E, N, K].
 """
@@ -37,12 +37,16 @@ class Quantizer(nn.Module):
 
     enabled: Tensor
 
-    def __init__(self, spec: QuantSpec) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.spec = spec
         self._active = True
         self.register_buffer("enabled", torch.ones((), dtype=torch.bool))
         self.register_load_state_dict_post_hook(_mirror)  # type: ignore[no-untyped-call]
+
+    @property
+    def active(self) -> bool:
+        """Whether quantization is on."""
+        return self._active
 
     def enable(self, on: bool | Tensor) -> None:
         """Switch quantization on or off."""
@@ -59,6 +63,10 @@ def _mirror(module: nn.Module, incompatible_keys: Any) -> None:
 class WeightFakeQuant(Quantizer):
     """Fake-quantizes a weight [..., N, K], in fp32, with the straight-through gradient."""
 
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
     def forward(self, w: Tensor) -> Tensor:
         """The weight that the layer multiplies with; under autocast in the autocast dtype."""
         if not self._active:
@@ -70,11 +78,24 @@ class WeightFakeQuant(Quantizer):
         return fake_quantize_ste(w, self.spec, dtype)
 
 
+class WeightRound(Quantizer):
+    """Stands where a `WeightFakeQuant` would, for a weight that is shipped in 16 bit."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, w: Tensor) -> Tensor:
+        """The weight rounded to ``dtype``, in w's dtype; the gradient passes unchanged."""
+        return round_to_ste(w, self.dtype) if self._active else w
+
+
 class InputFakeQuant(Quantizer):
     """Fake-quantizes a layer's input: dynamic int8 per token, or static with an observer."""
 
     def __init__(self, spec: QuantSpec, observer: ObserverConfig) -> None:
-        super().__init__(spec)
+        super().__init__()
+        self.spec = spec
         self.observer = None if spec.dynamic else RangeObserver(observer)
         self.calibrating = False
 
@@ -129,22 +150,48 @@ class FakeQuantLinear(nn.Linear):
 
 
 class RoundTo(nn.Module):
-    """Parametrization that shows a kept parameter rounded to the dtype in which it is saved."""
+    """Parametrization that shows a kept parameter rounded to the dtype in which it is saved.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    Args:
+        dtype: the dtype.
+        exact: the parameter is frozen and holds such values already: it passes without a copy.
+    """
+
+    def __init__(self, dtype: torch.dtype, exact: bool = False) -> None:
         super().__init__()
         self.dtype = dtype
+        self.exact = exact
 
     def forward(self, x: Tensor) -> Tensor:
         """X rounded to ``dtype``, in x's dtype; the gradient passes unchanged."""
-        return round_to_ste(x, self.dtype)
+        return x if self.exact else round_to_ste(x, self.dtype)
+
+
+class TrainedRows(nn.Module):
+    """Parametrization of a frozen matrix [V, H] some rows of which are trained (new tokens).
+
+    Args:
+        rows: int64 [T], which ones.
+        values: [T, H], what they start from.
+    """
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("rows", rows, persistent=False)
+        self.values = nn.Parameter(values)
+
+    def forward(self, w: Tensor) -> Tensor:
+        """W with the trained rows in place."""
+        return w.index_copy(0, self.rows, self.values.to(w.dtype))
 
 
 def parametrization_of(module: nn.Module, name: str) -> nn.Module | None:
-    """The project's parametrization of a parameter of ``module``, or None."""
+    """The project's last parametrization of a parameter of ``module``, or None."""
     if parametrize.is_parametrized(module, name):
         parametrizations: Any = module.parametrizations
-        added: nn.Module = parametrizations[name][0]
+        added: nn.Module = parametrizations[name][-1]
         return added
     return None
 

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qat.convert import TrainedMatrix, kept_tensors, trained_matrices
 from qat.module import forward_logits
 from qat.packing import Batch
-from qat.prepare import Coverage, kept_parameters, quantized_parameters
+from qat.prepare import Coverage
+from qat.trained import kept_parameters, quantized_parameters
 from qat_kernels import fake_quantize
 
 

@@ -16,14 +16,21 @@ from transformers import (
 
 from qat.errors import UserError, nearest
 
+BITSANDBYTES = "bitsandbytes"
+"""``quant_method`` of the only quantized checkpoints that training can start from."""
+
 
 def _first(error: Exception) -> str:
     """First line of an error's message, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def load_config(model: str) -> PreTrainedConfig:
+def load_config(model: str, allow: str | None = None) -> PreTrainedConfig:
     """The configuration of a Hugging Face id or local directory.
+
+    Args:
+        model: the id or directory.
+        allow: a ``quant_method`` that is welcome; else the model must not be quantized.
 
     Raises:
         UserError: nothing there, not a transformers model, or already quantized.
@@ -42,10 +49,12 @@ def load_config(model: str) -> PreTrainedConfig:
     quantized = getattr(config, "quantization_config", None)
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise UserError(
-            f"model={model}: already quantized ({method}); training starts from a 16- or 32-bit "
-            "model. Give the original"
-        )
+        if allow is None or method != allow:
+            adapters = " (adapters also train on 4-bit bitsandbytes checkpoints)"
+            raise UserError(
+                f"model={model}: already quantized ({method}); training starts from a 16- or "
+                f"32-bit model{adapters if allow else ''}. Give the original"
+            )
     return config
 
 

@@ -18,15 +18,19 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.nn import functional
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from qat.adapters import trained_state
+from qat.errors import UserError
 from qat.fake_quant import observers, set_enabled
+from qat.loss import TokenLoss, forward_logits, loss_sum
 from qat.optim import OptimConfig, build_optimizer, build_schedule
-from qat.packing import Batch, attention_mask
-from qat.prepare import quantized_parameters
+from qat.packing import Batch
+from qat.trained import quantized_parameters
 from qat_kernels import fake_quantize
+
+__all__ = ["CausalLMModule", "Timing", "forward_logits", "loss_sum", "quantization_error"]
 
 
 @dataclass(frozen=True)
@@ -39,31 +43,11 @@ class Timing:
     """Observers stop moving from this step on."""
 
 
-def forward_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits [B, S, V] of packed blocks; documents in a block do not see each other."""
-    mask = attention_mask(batch["segment_ids"], model.config, model.dtype)
-    output = model(
-        input_ids=batch["input_ids"],
-        attention_mask=mask,
-        position_ids=batch["position_ids"],
-        use_cache=False,
-    )
-    logits: Tensor = output.logits
-    return logits
-
-
-def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the token losses in nats, fp32 scalar; logits [B, S, V], labels [B, S]."""
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
-
-
 @torch.no_grad()
-def quantization_error(model: torch.nn.Module) -> dict[str, float]:
+def quantization_error(model: torch.nn.Module, active_only: bool = False) -> dict[str, float]:
     """Relative error ||w - w_hat|| / ||w|| of each quantized weight, by parameter name."""
     errors = {}
-    for item in quantized_parameters(model):
+    for item in quantized_parameters(model, active_only):
         weight = item.weight.detach().float()
         difference = fake_quantize(weight, item.quantizer.spec).sub_(weight)
         errors[item.name] = float(difference.norm() / weight.norm().clamp_min(1e-30))
@@ -80,6 +64,7 @@ class CausalLMModule(LightningModule):
         seed: seed of the random streams (dropout), one for each micro-batch and rank.
         timing: when quantizers change; ignored by a plain model.
         log_every_steps: optimizer steps between two logged losses.
+        base_sha256: identity of the frozen base under adapters; None for a model that trains whole.
     """
 
     def __init__(
@@ -90,6 +75,7 @@ class CausalLMModule(LightningModule):
         seed: int,
         timing: Timing | None = None,
         log_every_steps: int = 1,
+        base_sha256: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -98,9 +84,13 @@ class CausalLMModule(LightningModule):
         self.seed = seed
         self.timing = timing or Timing()
         self.log_every_steps = log_every_steps
+        self.token_loss = TokenLoss()
         self.step_loss: Tensor | float = 0.0
         self.grad_norm: Tensor | float = 0.0
         self.validation_sums = torch.zeros(2, dtype=torch.float64)
+        self.base_sha256 = base_sha256
+        if base_sha256 is not None:
+            self.strict_loading = False  # checkpoints hold what trains, not the frozen base
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer, and its schedule by optimizer step."""
@@ -110,6 +100,32 @@ class CausalLMModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With adapters: keep what trains, and say which base it belongs to."""
+        if self.base_sha256 is not None:
+            names = {f"model.{name}" for name in trained_state(self.model)}
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: state[name] for name in state if name in names}
+            checkpoint["base_sha256"] = self.base_sha256
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With adapters: refuse another base, or a checkpoint that lacks something.
+
+        Raises:
+            UserError: the frozen base is not the one that the checkpoint was trained on.
+        """
+        if self.base_sha256 is None:
+            return
+        if checkpoint["base_sha256"] != self.base_sha256:
+            raise UserError(
+                f"resume: the base model is not the one that this run began with (sha256 "
+                f"{self.base_sha256[:16]}…, the checkpoint has {checkpoint['base_sha256'][:16]}…). "
+                "Restore the files that model= names, or start a new run"
+            )
+        missing = {f"model.{n}" for n in trained_state(self.model)} - checkpoint["state_dict"].keys()
+        if missing:
+            raise UserError(f"resume: the checkpoint lacks {sorted(missing)[0]}; start a new run")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set everything that depends on time from the step number."""
@@ -125,7 +141,7 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the step's mean token loss."""
-        share = loss_sum(forward_logits(self.model, batch), batch["labels"]) / batch["loss_tokens"]
+        share = self.token_loss(self.model, batch) / batch["loss_tokens"]
         self.step_loss += share.detach()
         # Lightning divides by the micro-batches, DDP by the processes; the share needs neither
         loss: Tensor = share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -177,7 +193,7 @@ class CausalLMModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch to the sums."""
-        total = loss_sum(forward_logits(self.model, batch), batch["labels"])
+        total = self.token_loss(self.model, batch)
         count = (batch["labels"] != -100).sum()
         self.validation_sums += torch.stack([total.double().cpu(), count.double().cpu()])
 
@@ -189,7 +205,7 @@ class CausalLMModule(LightningModule):
         loss = float(sums[0] / sums[1])
         self.log("val_loss", loss, prog_bar=True, logger=False, sync_dist=True)
         if self.trainer.is_global_zero:
-            errors = quantization_error(self.model)
+            errors = quantization_error(self.model, active_only=True)
             self._write(
                 {"val_loss": loss} | {f"quant_error/{name}": e for name, e in errors.items()}
             )

@@ -9,7 +9,7 @@ Shapes: B blocks, S tokens of a block, T tokens of the store, D documents.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -72,8 +72,56 @@ _RECURRENT = frozenset(
 _ALIBI = frozenset(["bloom", "mpt"])
 
 
+class BlockSequence(Protocol):
+    """Blocks by number: `Blocks` of contiguous text, `qat.bestfit.PackedBlocks` of whole rows."""
+
+    @property
+    def store(self) -> TokenStore:
+        """The tokens."""
+
+    @property
+    def seq_len(self) -> int:
+        """S."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+    def loss_tokens(self) -> NDArray[np.int64]:
+        """Number of targets of each block, int64 [number of blocks]."""
+
+
+def block(
+    tokens: NDArray[np.int64], labels: NDArray[np.int64], starts: NDArray[np.int64], seq_len: int
+) -> Batch:
+    """One block, padded.
+
+    Args:
+        tokens: int64 [N], at most S.
+        labels: int64 [N], already shifted; -100 where there is no target.
+        starts: int64, where each document starts among the tokens; the first one is 0.
+        seq_len: S.
+
+    Returns:
+        ``input_ids``, ``labels`` and ``position_ids`` int64 [S], positions counted within the
+        document; ``segment_ids`` int32 [S], one number per document. The padding is a segment of
+        its own, without labels.
+    """
+    places = np.arange(len(tokens))
+    segments = np.searchsorted(starts, places, side="right") - 1
+    padding = seq_len - len(tokens)
+    positions = np.concatenate([places - starts[segments], np.arange(padding)])
+    segments = np.pad(segments, (0, padding), constant_values=len(starts)).astype(np.int32)
+    return {
+        "input_ids": torch.from_numpy(np.pad(tokens, (0, padding))),
+        "labels": torch.from_numpy(np.pad(labels, (0, padding), constant_values=IGNORE)),
+        "position_ids": torch.from_numpy(positions),
+        "segment_ids": torch.from_numpy(segments),
+    }
+
+
 class Blocks:
-    """The blocks of a token store.
+    """The blocks of a token store without targets: text, cut every S tokens.
 
     Args:
         store: the tokens.
@@ -82,6 +130,7 @@ class Blocks:
     """
 
     def __init__(self, store: TokenStore, seq_len: int, keep_last: bool = False) -> None:
+        assert store.targets is None
         self.store = store
         self.seq_len = seq_len
         total = len(store.tokens)
@@ -91,13 +140,7 @@ class Blocks:
         return self.num_blocks
 
     def __getitem__(self, index: int) -> Batch:
-        """One block.
-
-        Returns:
-            ``input_ids`` and ``position_ids`` int64 [S]; ``labels`` int64 [S], already shifted:
-            the token that follows, -100 at the end of a document and in the padding;
-            ``segment_ids`` int32 [S], one number per document, the padding has its own.
-        """
+        """See `block`; a label is the token that follows, none at the end of a document."""
         if not 0 <= index < self.num_blocks:
             raise IndexError(f"block {index} of {self.num_blocks}")
         offsets, size = self.store.offsets, self.seq_len
@@ -107,25 +150,12 @@ class Blocks:
         first = int(np.searchsorted(offsets, begin, side="right")) - 1
         last = int(np.searchsorted(offsets, end, side="left"))
         starts = np.maximum(np.asarray(offsets[first:last]), begin) - begin
-        places = np.arange(end - begin)
-        segments = np.searchsorted(starts, places, side="right") - 1
         window = np.asarray(self.store.tokens[begin : end + 1], dtype=np.int64)
-        labels = np.full(size, IGNORE, dtype=np.int64)
+        labels = np.full(end - begin, IGNORE, dtype=np.int64)
         labels[: len(window) - 1] = window[1:]
         document_ends = np.asarray(offsets[first + 1 : last + 1]) - 1 - begin
         labels[document_ends[document_ends < size]] = IGNORE
-        padding = size - len(places)
-        pad_positions = np.arange(padding)
-        return {
-            "input_ids": torch.from_numpy(np.pad(window[: end - begin], (0, padding))),
-            "labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(
-                np.concatenate([places - starts[segments], pad_positions])
-            ),
-            "segment_ids": torch.from_numpy(
-                np.pad(segments, (0, padding), constant_values=len(starts)).astype(np.int32)
-            ),
-        }
+        return block(window[: end - begin], labels, starts, size)
 
     def loss_tokens(self) -> NDArray[np.int64]:
         """Number of targets of each block, int64 [number of blocks], without reading tokens."""
@@ -153,7 +183,7 @@ def collate(blocks: Sequence[Batch], loss_tokens: int | None = None) -> Batch:
 
 
 def batches(
-    blocks: Blocks, batch_size: int, max_tokens: int | None = None, indices: Any = None
+    blocks: BlockSequence, batch_size: int, max_tokens: int | None = None, indices: Any = None
 ) -> list[Batch]:
     """Blocks in order, for evaluation and calibration.
 

@@ -8,7 +8,6 @@ saved. Nothing is skipped silently: the `Coverage` has an entry for each paramet
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qat.errors import UserError, nearest
-from qat.fake_quant import FakeQuantLinear, RoundTo, WeightFakeQuant, parametrization_of
+from qat.fake_quant import FakeQuantLinear, RoundTo, WeightFakeQuant
 from qat.scheme import InputSpec, Rule, Scheme, describe
 from qat_kernels import QuantSpec, check_finite
 
@@ -318,45 +317,3 @@ def _check_coverage(coverage: Coverage, scheme: Scheme) -> None:
             f"layers' parameters would be quantized ({why or 'the model has no linear layers'}). "
             "Change the scheme, or lower scheme.min_coverage if that is what you want"
         )
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """One quantized parameter of a prepared model."""
-
-    name: str
-    """Name in the original model's state dict."""
-    weight: torch.Tensor
-    """The master weight [..., N, K]."""
-    quantizer: WeightFakeQuant
-    """Its quantizer."""
-    owner: nn.Module
-    """The module that owns it."""
-
-
-def quantized_parameters(model: nn.Module) -> Iterator[Quantized]:
-    """All quantized parameters of a prepared model, in module order."""
-    for owner_name, owner in model.named_modules():
-        if isinstance(owner, FakeQuantLinear):
-            yield Quantized(f"{owner_name}.weight", owner.weight, owner.weight_fake_quant, owner)
-            continue
-        for name, original, added in _parametrized(owner):
-            if isinstance(added, WeightFakeQuant):
-                yield Quantized(f"{owner_name}.{name}", original, added, owner)
-
-
-def kept_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
-    """(original name, master value, dtype to save) of all kept parameters; tied ones each time."""
-    for owner_name, owner in model.named_modules():
-        prefix = f"{owner_name}." if owner_name else ""
-        for name, original, added in _parametrized(owner):
-            if isinstance(added, RoundTo):
-                yield f"{prefix}{name}", original, added.dtype
-
-
-def _parametrized(owner: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn.Module | None]]:
-    """(name, master parameter, parametrization) of a module's parametrized parameters."""
-    if parametrize.is_parametrized(owner):
-        parametrizations: Any = owner.parametrizations
-        for name in parametrizations:
-            yield name, parametrizations[name].original, parametrization_of(owner, name)

@@ -10,7 +10,6 @@ What these modules do not cover (packed experts, subclasses of Linear, float for
 caches) is loaded by plain transformers, and a log line says so and why.
 """
 
-import json
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,12 +19,13 @@ import torch
 from accelerate import init_empty_weights
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
 from compressed_tensors.utils.match import match_named_modules, match_targets
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from qat.errors import UserError
 from qat.packed_layers import Int8Linear, PackedLinear
+from qat.tensor_files import TensorFiles, read_json
 from qat_kernels import QuantSpec
 from qat_kernels.numerics import unpack
 from qat_kernels.w4a16 import prepare
@@ -40,51 +40,6 @@ LAYER_TENSORS = ("packed", "scale", "zero_point", "shape")
 
 class NotCovered(Exception):  # noqa: N818  (not an error: plain transformers takes over)
     """The packed modules do not cover this artifact; the message says why."""
-
-
-class TensorFiles:
-    """The tensors of a checkpoint directory by name, read from memory-mapped safetensors."""
-
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
-        """Open every shard; ``stack`` closes them.
-
-        Raises:
-            UserError: no weights, a shard is missing or unreadable, or a tensor is missing.
-        """
-        self._handles: dict[str, Any] = {}
-        index = directory / "model.safetensors.index.json"
-        weight_map: dict[str, str] = {}
-        if index.is_file():
-            weight_map = _read_json(index).get("weight_map", {})
-        for file in sorted(set(weight_map.values())) or ["model.safetensors"]:
-            path = directory / file
-            if not path.is_file():
-                raise UserError(f"{path}: missing; copy the artifact again, with all its files")
-            try:
-                handle = stack.enter_context(safe_open(str(path), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{path}: not a whole safetensors file ({error}); it may be truncated. Run "
-                    f"`qat verify {directory}` and copy the artifact again"
-                ) from error
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
-        absent = sorted(weight_map.keys() - self._handles.keys())
-        if absent:
-            raise UserError(f"{index}: {len(absent)} tensors are in no file, first {absent[0]}")
-        self.used: set[str] = set()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._handles
-
-    def names(self) -> set[str]:
-        """All tensor names."""
-        return set(self._handles)
-
-    def get(self, name: str) -> Tensor:
-        """One tensor, as stored."""
-        self.used.add(name)
-        tensor: Tensor = self._handles[name].get_tensor(name)
-        return tensor
 
 
 def load_packed(
@@ -123,14 +78,6 @@ def load_packed(
     return model.eval().requires_grad_(False)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from error
-    return content
-
-
 def read_artifact_config(path: Path) -> tuple[Any, dict[str, Any]]:
     """The transformers config without its ``quantization_config``, and that section.
 
@@ -149,7 +96,7 @@ def read_artifact_config(path: Path) -> tuple[Any, dict[str, Any]]:
             else ("give the artifact/ folder of a finished run")
         )
         raise UserError(f"artifact={path}: holds no config.json, so it is no artifact; {hint}")
-    quantization = _read_json(path / "config.json").get("quantization_config")
+    quantization = read_json(path / "config.json").get("quantization_config")
     if not isinstance(quantization, dict):
         raise UserError(
             f"artifact={path}: its config.json has no quantization_config, so its weights are not "

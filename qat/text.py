@@ -140,11 +140,12 @@ def read(
         return
     reader = _parquet if suffix == ".parquet" else _json
     for text in reader(path, config.column, key):
-        if text.strip() and (split is None or split == _hash_split(text, config)):
+        if text.strip() and (split is None or split == hash_split(text, config)):
             yield Piece(text)
 
 
-def _hash_split(text: str, config: TextConfig) -> Split:
+def hash_split(text: str, config: TextConfig) -> Split:
+    """The share that a record belongs to, by its text alone."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     share = int.from_bytes(digest, "little") / 2**64
     return "validation" if share < config.validation_fraction else "train"

@@ -1,10 +1,12 @@
 """Tokenizing once: a stream of documents becomes a memory-mapped file of tokens.
 
 File layout, little-endian: a header (`_HEADER`), the tokens (uint16 for vocabularies up to 65536,
-else uint32), zeros up to a multiple of 8 bytes, then int64 [D + 1]: where each document starts,
-and the number of tokens at the end. Header and file agree in length and CRC, so a damaged file is
-noticed and written anew. Files appear under their name by a rename: any number of processes may
-build the same one, the last one wins, and all of them have written the same bytes.
+else uint32), zeros up to a multiple of 8 bytes; where only some tokens are trained on, a byte for
+each token (1: it is to be predicted) and zeros again; int64 [D + 1]: where each document starts,
+and the number of tokens at the end; a JSON object with what the builder has to say. Header and
+file agree in length and CRC, so a damaged file is noticed and written anew. Files appear under
+their name by a rename: any number of processes may build the same one, the last one wins, and all
+of them have written the same bytes.
 """
 
 import hashlib
@@ -14,7 +16,8 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,9 +29,10 @@ from transformers import PreTrainedTokenizerFast
 from qat.errors import UserError
 from qat.text import Piece, Split, TextConfig, cache_dir, read, text_file
 
-_VERSION = 1  # raise it when the same text would give other tokens
+_VERSION = 2  # raise it when the same text would give other tokens
 _MAGIC = b"QATTOKEN"
-_HEADER = struct.Struct("<8sQQII")  # magic, tokens, documents, bytes per token, CRC-32 of the rest
+# magic, tokens, documents, bytes per token, per target (0 or 1), of the JSON, CRC-32 of the rest
+_HEADER = struct.Struct("<8sQQIIII")
 _BATCH_CHARACTERS = 1 << 18
 _COPY = 1 << 22
 
@@ -45,6 +49,10 @@ class TokenStore:
     """uint16 or uint32 [T], memory-mapped."""
     offsets: NDArray[np.int64]
     """int64 [D + 1], memory-mapped; document d is ``tokens[offsets[d]:offsets[d + 1]]``."""
+    targets: NDArray[np.uint8] | None = None
+    """uint8 [T], memory-mapped; 1 where the token is to be predicted. None: everywhere."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """JSON values that the builder left, see `qat.chat`; empty for text."""
 
     @property
     def documents(self) -> int:
@@ -122,28 +130,57 @@ def tokenize_to_cache(
         NoTextError: there is no document.
         UserError: the folder cannot be written.
     """
-    parts = [_VERSION, identity, max_tokens, _tokenizer_hash(tokenizer)]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    target = folder / f"{key}.tokens"
-    store = _open(target)
+    target = store_path(folder, [identity, max_tokens], tokenizer)
+    store = open_store(target)
     if store is None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{key}.")
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            raise UserError(
-                f"text.cache_dir={folder}: cannot be written ({error.strerror}). Give another "
-                "folder with text.cache_dir="
-            ) from None
-        try:
-            with os.fdopen(handle, "w+b") as file:
-                _write(file, _encode(documents, tokenizer, name), len(tokenizer), max_tokens)
-            os.replace(temporary, target)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        store = _open(target)
+        with new_store(target, len(tokenizer)) as writer:
+            for ids, ends in _encode(documents, tokenizer, name):
+                full = max_tokens is not None and writer.total + len(ids) >= max_tokens
+                writer.add(ids[: max_tokens - writer.total] if full and max_tokens else ids)
+                if ends or full:
+                    writer.end_document()
+                if full:
+                    break
+        store = open_store(target)
         assert store is not None
     return store
+
+
+def store_path(folder: Path, identity: list[Any], tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The cache file of the documents that ``identity`` (JSON values) names."""
+    parts = [_VERSION, identity, _tokenizer_hash(tokenizer)]
+    return folder / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.tokens"
+
+
+@contextmanager
+def new_store(path: Path, vocabulary: int, targets: bool = False) -> Iterator["StoreWriter"]:
+    """A writer whose file appears under its name when the block ends without an error.
+
+    Args:
+        path: see `store_path`; its folder is made.
+        vocabulary: number of tokens, from which their width follows.
+        targets: whether there is a byte for each token.
+
+    Raises:
+        NoTextError: there is no document.
+        UserError: the folder cannot be written.
+    """
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.stem}.")
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(
+            f"text.cache_dir={folder}: cannot be written ({error.strerror}). Give another "
+            "folder with text.cache_dir="
+        ) from None
+    try:
+        with os.fdopen(handle, "w+b") as file, StoreWriter(file, vocabulary, targets) as writer:
+            yield writer
+            writer.finish()
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -151,11 +188,12 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     # set by calls, not part of the tokenizer
     state.pop("truncation", None)
     state.pop("padding", None)
-    special = [tokenizer.bos_token_id if _adds_bos(tokenizer) else None, tokenizer.eos_token_id]
+    special = [tokenizer.bos_token_id if adds_bos(tokenizer) else None, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps([state, special], sort_keys=True).encode()).hexdigest()
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer itself begins a text with its bos token."""
     # asked by example: add_bos_token is an attribute of some tokenizer classes only
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
@@ -165,7 +203,7 @@ def _encode(
     documents: Iterable[Piece | str], tokenizer: PreTrainedTokenizerFast, name: str
 ) -> Iterator[tuple[list[int], bool]]:
     """Token ids of each piece, and whether the document ends with it."""
-    bos = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+    bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     starts = True
     with tqdm(desc=f"tokenize {name}", unit="tok", unit_scale=True, delay=2, leave=False) as bar:
@@ -198,65 +236,113 @@ def _batches(documents: Iterable[Piece | str]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _write(
-    file: IO[bytes],
-    pieces: Iterator[tuple[list[int], bool]],
-    vocabulary: int,
-    max_tokens: int | None,
-) -> None:
-    dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
-    total = documents = start = 0
-    checksum = 0
-    with tempfile.TemporaryFile() as spool:  # offsets, which follow the tokens
+class StoreWriter:
+    """Writes the file of one store, in constant memory; see the module docstring."""
+
+    def __init__(self, file: IO[bytes], vocabulary: int, targets: bool) -> None:
+        self.total = 0
+        """Tokens written."""
+        self.documents = 0
+        """Documents ended."""
+        self.info: dict[str, Any] = {}
+        """Stored beside the tokens."""
+        self._file = file
+        self._dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+        self._start = 0
+        self._checksum = 0
+        # what follows the tokens in the file
+        self._targets = tempfile.TemporaryFile() if targets else None
+        self._offsets = tempfile.TemporaryFile()
         file.write(bytes(_HEADER.size))
-        for ids, ends in pieces:
-            full = max_tokens is not None and total + len(ids) >= max_tokens
-            raw = np.asarray(ids[: max_tokens - total] if full and max_tokens else ids, dtype)
-            checksum = zlib.crc32(raw.tobytes(), checksum)
-            file.write(raw.tobytes())
-            total += len(raw)
-            if (ends or full) and total > start:
-                spool.write(struct.pack("<q", start))
-                documents, start = documents + 1, total
-            if full:
-                break
-        if start < total:  # the stream broke off within a document
-            spool.write(struct.pack("<q", start))
-            documents += 1
-        if documents == 0:
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._offsets.close()
+        if self._targets is not None:
+            self._targets.close()
+
+    def add(self, ids: Any, targets: NDArray[np.uint8] | None = None) -> None:
+        """Append tokens to the document, with as many targets if the store has them."""
+        raw = np.asarray(ids, self._dtype)
+        self._append(raw.tobytes())
+        self.total += len(raw)
+        if self._targets is not None:
+            assert targets is not None
+            assert len(targets) == len(raw)
+            self._targets.write(targets.astype(np.uint8).tobytes())
+
+    def end_document(self) -> None:
+        """The document ends; one without tokens is none."""
+        if self.total > self._start:
+            self._offsets.write(struct.pack("<q", self._start))
+            self.documents, self._start = self.documents + 1, self.total
+
+    def finish(self) -> None:
+        """Complete the file.
+
+        Raises:
+            NoTextError: there is no document.
+        """
+        self.end_document()  # where the stream broke off within one
+        if self.documents == 0:
             raise NoTextError("no document to tokenize")
-        spool.write(struct.pack("<q", total))
-        padding = bytes(-file.tell() % 8)
-        checksum = zlib.crc32(padding, checksum)
-        file.write(padding)
+        self._offsets.write(struct.pack("<q", self.total))
+        info = json.dumps(self.info).encode()
+        self._align()
+        if self._targets is not None:
+            self._copy(self._targets)
+            self._align()
+        self._copy(self._offsets)
+        self._append(info)
+        self._file.seek(0)
+        width, flag = self._dtype.itemsize, int(self._targets is not None)
+        sizes = (self.total, self.documents, width, flag, len(info))
+        self._file.write(_HEADER.pack(_MAGIC, *sizes, self._checksum))
+
+    def _append(self, raw: bytes) -> None:
+        self._checksum = zlib.crc32(raw, self._checksum)
+        self._file.write(raw)
+
+    def _align(self) -> None:
+        self._append(bytes(-self._file.tell() % 8))
+
+    def _copy(self, spool: IO[bytes]) -> None:
         spool.seek(0)
         while chunk := spool.read(_COPY):
-            checksum = zlib.crc32(chunk, checksum)
-            file.write(chunk)
-    file.seek(0)
-    file.write(_HEADER.pack(_MAGIC, total, documents, dtype.itemsize, checksum))
+            self._append(chunk)
 
 
-def _open(path: Path) -> TokenStore | None:
+def open_store(path: Path) -> TokenStore | None:
     """The store in a file; None when there is none, or a damaged one."""
     try:
         with path.open("rb") as file:
             header = file.read(_HEADER.size)
             if len(header) < _HEADER.size:
                 return None
-            magic, total, documents, width, expected = _HEADER.unpack(header)
-            offsets_at = -(-(_HEADER.size + total * width) // 8) * 8
-            length = offsets_at + 8 * (documents + 1)
-            if magic != _MAGIC or width not in (2, 4) or os.fstat(file.fileno()).st_size != length:
+            magic, total, documents, width, flag, info_size, expected = _HEADER.unpack(header)
+            targets_at = _aligned(_HEADER.size + total * width)
+            offsets_at = targets_at + _aligned(total * flag)
+            info_at = offsets_at + 8 * (documents + 1)
+            known = magic == _MAGIC and width in (2, 4) and flag in (0, 1)
+            if not known or os.fstat(file.fileno()).st_size != info_at + info_size:
                 return None
             checksum = 0
             while chunk := file.read(_COPY):
                 checksum = zlib.crc32(chunk, checksum)
             if checksum != expected:
                 return None
+            file.seek(info_at)
+            info = json.loads(file.read())
             # from the open file: its name may already stand for another process's copy
             tokens = np.memmap(file, f"<u{width}", "r", _HEADER.size, (total,))
+            targets = np.memmap(file, "u1", "r", targets_at, (total,)) if flag else None
             offsets = np.memmap(file, "<i8", "r", offsets_at, (documents + 1,))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return TokenStore(tokens, offsets)
+    return TokenStore(tokens, offsets, targets, info)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 8) * 8

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from qat.fake_quant import InputFakeQuant
 from qat.loggers import MetricsCsv
+from qat.loss import TokenLoss
 from qat.module import CausalLMModule, forward_logits
 from qat.packing import Batch
 
@@ -39,6 +40,8 @@ class TrainerConfig:
     """Blocks of an optimizer step, over all devices; does not change with their number."""
     micro_batch_size: int = 8
     """Blocks of one forward pass on one device; lower it when memory is short."""
+    loss_chunk: int = 0
+    """Positions whose logits exist at a time; 0 decides by size (all, up to 256 MiB in fp32)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_every_steps: int = 100
@@ -63,6 +66,8 @@ class TrainerConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        if self.loss_chunk < 0:
+            raise ValueError(f"loss_chunk={self.loss_chunk}: at least 1, or 0 to decide by size")
         devices = self.devices * self.num_nodes
         if self.global_batch_size % (self.micro_batch_size * devices):
             raise ValueError(
@@ -160,6 +165,7 @@ def fit(
         RuntimeError: a gradient became NaN or infinite.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    module.token_loss = TokenLoss(config.loss_chunk)
     validate_every = min(config.validate_every_steps, module.max_steps)
     callbacks: list[Callback] = [
         Checkpoints(directory, config.checkpoint_every_steps, validate_every, keep_best)

@@ -24,8 +24,9 @@ from qat.errors import UserError
 from qat.fake_quant import observers
 from qat.models import load_model
 from qat.module import forward_logits, loss_sum
-from qat.prepare import prepare, quantized_parameters
+from qat.prepare import prepare
 from qat.scheme import InputSpec, Rule, Scheme
+from qat.trained import quantized_parameters
 from qat.training import calibrate
 from qat_kernels import QuantSpec
 from tests.tiny import BASE, CONFIGS, random_batch, save_tiny, tiny, tiny_tokenizer

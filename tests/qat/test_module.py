@@ -11,8 +11,9 @@ from qat.fake_quant import InputFakeQuant, Quantizer, observers
 from qat.loggers import MetricsCsv, read_metrics
 from qat.module import CausalLMModule, Timing, forward_logits, loss_sum, quantization_error
 from qat.optim import OptimConfig, lr_factor
-from qat.prepare import prepare, quantized_parameters
+from qat.prepare import prepare
 from qat.scheme import InputSpec, ObserverConfig, Scheme
+from qat.trained import quantized_parameters
 from qat.training import TrainerConfig, calibrate, fit
 from qat_kernels import QuantSpec, compute_scale, dequantize, quantize
 from tests.tiny import random_batch, tiny

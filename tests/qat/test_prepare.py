@@ -8,8 +8,9 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.fake_quant import FakeQuantLinear, InputFakeQuant, WeightFakeQuant, set_enabled
-from qat.prepare import kept_parameters, plan, prepare, quantized_parameters
+from qat.prepare import plan, prepare
 from qat.scheme import InputSpec, ObserverConfig, Rule, Scheme
+from qat.trained import kept_parameters, quantized_parameters
 from qat_kernels import QuantSpec, fake_quantize
 from tests.tiny import CONFIGS, random_batch, tiny
 
