@@ -1,6 +1,11 @@
-"""The Lightning data module: text in, packed blocks out, in an order that resuming repeats."""
+"""The Lightning data module: text or conversations in, packed blocks out.
+
+Text is cut into blocks (`qat.packing.Blocks`), conversations are packed whole
+(`qat.bestfit.PackedBlocks`, see `data.chat`). The order is one that resuming repeats.
+"""
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +17,16 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
-from data import corpus
+from data import corpus, instructions
+from data.chat import DEMO, ChatData, rows_are_text
 from data.sampler import StepBatchSampler
+from qat.bestfit import PackedBlocks
+from qat.chat_config import ChatConfig
 from qat.errors import UserError
-from qat.packing import Batch, Blocks, batches, collate
+from qat.packing import Batch, Blocks, BlockSequence, batches, collate
+from qat.rundir import is_rank_zero
 from qat.text import TextConfig, cache_dir, text_file
 from qat.tokens import TokenStore, token_store, tokenize_to_cache
-
-DEMO = "demo"
 
 
 def data_source(name: str) -> str:
@@ -34,7 +41,7 @@ def data_source(name: str) -> str:
 class _Training(Dataset[tuple[Batch, int]]):
     """Blocks addressed by (block, loss tokens of its step)."""
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: BlockSequence) -> None:
         self.blocks = blocks
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Batch, int]:
@@ -47,7 +54,7 @@ def _collate_training(items: Sequence[tuple[Batch, int]]) -> Batch:
 
 
 class TextDataModule(LightningDataModule):
-    """Packed blocks of one text source, for training, validation and calibration.
+    """Packed blocks of one source, for training, validation and calibration.
 
     The batches are those of `qat.packing.collate`. ``loss_tokens`` of a training batch is the
     number of targets of its whole optimizer step, over all ranks and micro-batches. The trainer
@@ -62,6 +69,8 @@ class TextDataModule(LightningDataModule):
         global_batch_size: blocks of one optimizer step.
         micro_batch_size: blocks of one forward pass on one device.
         seed: of the data order.
+        chat: rows are conversations, read and trained on so; None, and rows of ``chat.format``
+            text, are text with a loss on all tokens.
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class TextDataModule(LightningDataModule):
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
+        chat: ChatConfig | None = None,
     ) -> None:
         super().__init__()
         # a rank whose share of the validation blocks is empty takes part with nothing
@@ -84,23 +94,46 @@ class TextDataModule(LightningDataModule):
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.seed = seed
+        self.chat: ChatData | None = None
+        """The conversations, their template and bad rows; None for text."""
+        if chat is not None and not rows_are_text(self.source, chat, text):
+            self.chat = ChatData(self.source, tokenizer, text, chat)
+        self._told = False
 
     def prepare_data(self) -> None:
         """Fill the token caches, on one process of each machine."""
+        if self.chat is not None:
+            _ = self.chat.stores
+            return
         self._train_store()
         self._validation_store()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the token caches."""
-        _ = self.train_blocks, self.held_out_blocks
+        """Open the token caches; once, say on stderr what became of the conversations."""
+        train, held_out = self.train_blocks, self.held_out_blocks
+        if self.chat is not None and not self._told and is_rank_zero():
+            assert isinstance(train, PackedBlocks)
+            assert isinstance(held_out, PackedBlocks)
+            print("\n".join(self.chat.lines(train, held_out)), file=sys.stderr)
+        self._told = True
+
+    def chat_summary(self) -> dict[str, Any] | None:
+        """JSON values for the report, see `ChatData.summary`; None for text."""
+        train, held_out = self.train_blocks, self.held_out_blocks
+        if isinstance(train, PackedBlocks) and isinstance(held_out, PackedBlocks):
+            assert self.chat is not None
+            return self.chat.summary(train, held_out)
+        return None
 
     @cached_property
-    def train_blocks(self) -> Blocks:
-        """The training blocks; an incomplete last one is dropped.
+    def train_blocks(self) -> BlockSequence:
+        """The training blocks; of text, an incomplete last one is dropped.
 
         Raises:
-            UserError: the text is shorter than one block, or unreadable.
+            UserError: the source is shorter than one block, or unreadable, or its rows are bad.
         """
+        if self.chat is not None:
+            return self.chat.blocks("train")
         store = self._train_store()
         blocks = Blocks(store, self.text.seq_len)
         if not len(blocks):
@@ -111,8 +144,10 @@ class TextDataModule(LightningDataModule):
         return blocks
 
     @cached_property
-    def held_out_blocks(self) -> Blocks:
+    def held_out_blocks(self) -> BlockSequence:
         """The validation blocks; an incomplete last one is padded."""
+        if self.chat is not None:
+            return self.chat.blocks("validation")
         return Blocks(self._validation_store(), self.text.seq_len, keep_last=True)
 
     def _train_store(self) -> TokenStore:
@@ -180,18 +215,23 @@ class TextDataModule(LightningDataModule):
     def calibration_blocks(self, count: int, batch_size: int | None = None) -> list[Batch]:
         """Batches of ``count`` blocks (fewer if the text has fewer) for observers.
 
-        Spread evenly over the demo's calibration split, or over the training text.
+        Spread evenly over the demo's calibration split, or over the training blocks.
         """
         blocks = self.train_blocks
-        if self.source == DEMO:
+        if self.source == DEMO and self.chat is not None:
+            blocks = self.chat.blocks("calibration")
+        elif self.source == DEMO:
             blocks = Blocks(self._demo_store("calibration", None), self.text.seq_len)
         count = min(count, len(blocks))
         spread = np.arange(count) * len(blocks) // count
         return batches(blocks, batch_size or self.micro_batch_size, indices=spread)
 
     def fingerprint(self) -> str:
-        """Sha256 (hex) of the texts: the demo corpus's own, or of the files' bytes."""
-        texts = [corpus.fingerprint() if self.source == DEMO else _sha256(Path(self.source))]
+        """Sha256 (hex) of the texts: the built-in set's own, or of the files' bytes."""
+        if self.source == DEMO:
+            texts = [instructions.fingerprint() if self.chat else corpus.fingerprint()]
+        else:
+            texts = [_sha256(Path(self.source))]
         if self.text.validation:
             texts.append(_sha256(text_file(self.text.validation, "text.validation")))
         return texts[0] if len(texts) == 1 else hashlib.sha256("".join(texts).encode()).hexdigest()

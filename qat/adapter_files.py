@@ -114,6 +114,15 @@ class AdapterFiles:
         versions = {p: metadata.version(p) for p in ("qat-lightning", "torch", "peft")}
         return {"base_sha256": self.base_sha256, "quantizer": quantizer, "versions": versions}
 
+    def caveat(self) -> str | None:
+        """Why plain bitsandbytes misreads ``nf4/`` on some machines; None if it does not."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Linear4bit):
+                why = bitsandbytes_format.caveat(module)
+                if why is not None:
+                    return f"{name.removesuffix('.base_layer')}: {why}"
+        return None
+
     def write_nf4(self, directory: Path) -> None:
         """Write the frozen base as bitsandbytes stores it, and the adapter on it."""
         spec = self.adapter.spec()
@@ -201,6 +210,9 @@ def reload_nf4(directory: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         str(directory), dtype=torch.float32, local_files_only=True
     )
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()  # it comes in the stored dtype all the same
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False

@@ -10,7 +10,7 @@ and one matrix. Everything else is frozen in the dtype in which it is shipped; w
 import fnmatch
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,10 @@ from qat_kernels.nf4 import Spec4bit
 Initialisation = Literal[
     "default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "loftq"
 ]
+
+WEIGHT_DTYPE = torch.float32
+"""Dtype that 4-bit weights are dequantized to before the matmul's dtype. bitsandbytes goes through
+the dtype in the checkpoint while it trains and not while it infers; with fp32 both are the same."""
 
 TAKES_FROM_BASE = ("pissa", "pissa_niter_16", "olora", "loftq")
 """Initialisations that move a part of the base into the adapter."""
@@ -235,7 +239,9 @@ def _layer(
         dense = nn.Linear(*weight.T.shape, bias=False, device="meta")
         # a copy: some initialisations write into it
         dense.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
-        layer = LoraLinear(dense, build.adapter.peft())
+        # factors of a matrix that is not there cannot be made
+        adapter = build.adapter if build.load else replace(build.adapter, init="default")
+        layer = LoraLinear(dense, adapter.peft())
     if build.adapter.init == "loftq" and build.load:
         assert spec is not None
         _loftq(layer, weight.float(), spec, build)
@@ -271,12 +277,12 @@ def _base(
         return linear
     if packed is not None:
         return Linear4bit.from_packed(
-            packed.packed, packed.spec, packed.shape, packed.weight_dtype, linear.bias
+            packed.packed, packed.spec, packed.shape, WEIGHT_DTYPE, linear.bias
         ).to(build.device)
     if not build.load:
         bias = linear.bias is not None
-        return Linear4bit.meta(linear.in_features, linear.out_features, spec, build.keep, bias)
-    return Linear4bit.from_weight(weight, spec, build.keep, linear.bias)
+        return Linear4bit.meta(linear.in_features, linear.out_features, spec, WEIGHT_DTYPE, bias)
+    return Linear4bit.from_weight(weight, spec, WEIGHT_DTYPE, linear.bias)
 
 
 def _loftq(layer: LoraLinear, weight: Tensor, spec: Spec4bit, build: _Build) -> None:
@@ -285,7 +291,7 @@ def _loftq(layer: LoraLinear, weight: Tensor, spec: Spec4bit, build: _Build) -> 
     scale, rank = layer.scaling["default"], build.adapter.rank
     moved = torch.zeros_like(weight)
     for _ in range(build.adapter.loftq_iterations):
-        held = Linear4bit.from_weight(weight - moved, spec, build.keep, None).weight.float()
+        held = Linear4bit.from_weight(weight - moved, spec, WEIGHT_DTYPE).weight
         u, s, v = torch.linalg.svd(weight - held, full_matrices=False)
         root = (s[:rank] / scale).sqrt()
         b.data, a.data = u[:, :rank] * root, root[:, None] * v[:rank]
@@ -382,10 +388,10 @@ def target_names(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
         if not found:
             leaves = sorted({name.rpartition(".")[2] for name in linears})
             near = nearest(target, [*leaves, *linears])
-            hint = f"; did you mean {near!r}?" if near else ""
+            hint = f" Did you mean {near!r}?" if near else ""
             raise UserError(
-                f"adapter.targets: {target!r} selects no linear layer of this model{hint} There "
-                f"are: {', '.join(leaves)} (wildcards * and ? are allowed), or all-linear"
+                f"adapter.targets: {target!r} selects no plain nn.Linear of this model.{hint} "
+                f"There are: {', '.join(leaves) or 'none'} (wildcards * and ? are allowed)"
             )
         chosen.update(dict.fromkeys(found))
     return list(chosen)
@@ -481,6 +487,33 @@ def base_sha256(model: nn.Module) -> str:
         flat = value.cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def base_bits(model: nn.Module, keep: torch.dtype) -> float:
+    """Bits per weight of the base's linear layers, absmax values included."""
+    bits = weights = 0.0
+    for module in model.modules():
+        if isinstance(module, MergedLinear):
+            base = module.base_layer
+            count = base.in_features * base.out_features
+            weights += count
+            if isinstance(base, Linear4bit):
+                bits += 8.0 * sum(b.numel() * b.element_size() for b in base.buffers())
+            else:
+                bits += 8.0 * keep.itemsize * count
+    return bits / weights
+
+
+def stored_bytes(model: nn.Module, keep: torch.dtype) -> int:
+    """Size of base and adapter together, as they are written."""
+    size = 0
+    for parameter in model.parameters():
+        width = parameter.element_size() if parameter.requires_grad else keep.itemsize
+        size += parameter.numel() * width
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            size += sum(b.numel() * b.element_size() for b in module.buffers())
+    return size
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from qat.packing import IGNORE, Batch, block
 from qat.tokens import TokenStore
 
+_PART = 1 << 14
+
 
 def best_fit(lengths: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
     """Assign items to blocks by best-fit-decreasing.
@@ -126,20 +128,24 @@ class PackedBlocks:
 
 
 def _targets(store: TokenStore, kept: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Targets among the first ``kept`` tokens of each conversation, int64 [D]; its first token
-    follows nothing and is none.
+    """Targets among the first ``kept`` tokens of each conversation, int64 [D].
+
+    Its first token follows nothing and is none.
     """
     if store.targets is None:
         return np.maximum(kept - 1, 0)
     result = np.zeros(len(kept), dtype=np.int64)
-    several = np.flatnonzero(kept > 1)
-    if len(several):
-        begins = np.asarray(store.offsets)[several] + 1
-        bounds = np.stack([begins, begins + kept[several] - 1], axis=1).ravel()
-        # sums of [begin, end) and, between them, of what is not asked for; an end of the whole
-        # array is not allowed, and the last sum runs to there anyway
-        if bounds[-1] == len(store.targets):
-            bounds = bounds[:-1]
-        sums = np.add.reduceat(store.targets, bounds, dtype=np.int64)
-        result[several] = sums[::2]
+    # by parts, because reduceat makes an int64 copy of what it sums
+    for first in range(0, len(kept), _PART):
+        last = min(first + _PART, len(kept))
+        several = np.flatnonzero(kept[first:last] > 1) + first
+        if len(several):
+            base = int(store.offsets[first])
+            flags = np.asarray(store.targets[base : int(store.offsets[last])])
+            begins = np.asarray(store.offsets[several]) - base + 1
+            bounds = np.stack([begins, begins + kept[several] - 1], axis=1).ravel()
+            # Sums of [begin, end), and between them of what is not asked for. An end of the
+            # whole array is not allowed, and the last sum runs to there anyway.
+            bounds = bounds[:-1] if bounds[-1] == len(flags) else bounds
+            result[several] = np.add.reduceat(flags, bounds, dtype=np.int64)[::2]
     return result

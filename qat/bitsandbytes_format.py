@@ -13,7 +13,7 @@ For a layer named ``p`` with a weight [N, K] in B blocks::
     p.bias                                 [N], where there is one
 
 The block size stands here and not in ``config.json``: transformers reads every block size that
-bitsandbytes has, each layer with its own.
+bitsandbytes has, each layer with its own (`caveat` names the exception on CPUs).
 
 Source: bitsandbytes 0.50.2 (``QuantState.as_dict``), transformers 5.23 (``BitsAndBytesConfig``).
 """
@@ -76,6 +76,22 @@ def tensors(prefix: str, layer: Linear4bit) -> dict[str, Tensor]:
     if layer.bias is not None:
         entries["bias"] = layer.bias.detach()
     return {f"{prefix}.{name}": tensor for name, tensor in entries.items()}
+
+
+def caveat(layer: Linear4bit) -> str | None:
+    """Why plain bitsandbytes computes another weight than the one stored, or None if it does not.
+
+    The stored values are right, and CUDA reads them rightly. On CPUs with AVX-512, bitsandbytes
+    0.50 counts floor(K / block size) scales per row, which is wrong where a block runs over the
+    end of a row (sizes of 2048 and more take another path there).
+    """
+    k, size = layer.in_features, layer.spec.block_size
+    if k % size == 0 or k % 16 or size >= 2048:
+        return None
+    return (
+        f"bitsandbytes 0.50 reads it wrongly on CPUs with AVX-512, since block_size={size} does "
+        f"not divide the {k} input features; a block_size that does is read rightly everywhere"
+    )
 
 
 def _expect(condition: bool, prefix: str, message: str) -> None:

@@ -24,10 +24,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from qat.chat_config import ChatConfig
-from qat.chat_rows import Item, Message, RowError
+from qat.chat_config import ChatConfig, Format
+from qat.chat_rows import Item, Message, RowError, read_conversations
 from qat.chat_templates import ChatTemplate, NamedTemplate, Rendered, resolve_template
 from qat.errors import UserError
+from qat.text import TextConfig, cache_dir, hash_split, text_file
 from qat.tokens import (
     NoTextError,
     StoreWriter,
@@ -133,16 +134,13 @@ def chat_stores(
     """
     known = [_VERSION, identity, config.train_on, template.identity]
     limits = [[share.name, share.max_tokens] for share in shares]
-    paths = [
-        store_path(folder, [*known, share.name, limits], tokenizer) for share in shares
-    ]
+    paths = [store_path(folder, [*known, share.name, limits], tokenizer) for share in shares]
     stores = [open_store(path) for path in paths]
     if any(store is None for store in stores):
         with ExitStack() as stack:
             # in this order, so that an empty share is found before any file gets its name
             writers = [
-                stack.enter_context(new_store(path, len(tokenizer), targets=True))
-                for path in paths
+                stack.enter_context(new_store(path, len(tokenizer), targets=True)) for path in paths
             ]
             outputs = {share.name: (share, writer) for share, writer in zip(shares, writers)}
             encoder = _Encoder(tokenizer, template, config)
@@ -156,6 +154,60 @@ def chat_stores(
     for store in found:
         bad_rows(store).check(config)
     return found
+
+
+def file_stores(
+    name: str,
+    form: Format,
+    tokenizer: PreTrainedTokenizerFast,
+    template: ChatTemplate,
+    config: ChatConfig,
+    text: TextConfig,
+    shares: list[Share],
+    key: str = "data",
+) -> list[TokenStore]:
+    """The conversations of a file, as `chat_stores` has them.
+
+    Args:
+        name: path of the file.
+        form: of its rows, from `qat.chat_rows.find_format`; not text.
+        tokenizer: a fast tokenizer.
+        template: see `chat_template`.
+        config: columns, targets, and how many rows may be bad.
+        text: the held-out share and the cache.
+        shares: train and validation, by the hash of the conversation; or one share, ``all``.
+        key: the configuration key of the file, for messages.
+
+    Raises:
+        UserError: see `chat_stores` and `qat.chat_rows.read_conversations`.
+    """
+    path = text_file(name, key)
+    status = path.stat()
+    columns = [config.messages_column, config.prompt_column, config.completion_column]
+    identity = [str(path), status.st_size, status.st_mtime_ns, form, columns, config.system]
+    whole = [share.name for share in shares] == ["all"]
+    if not whole:
+        identity.append(text.validation_fraction)
+    source = f"{key}={name}"
+    try:
+        return chat_stores(
+            source,
+            lambda: read_conversations(path, form, config),
+            identity,
+            tokenizer,
+            template,
+            config,
+            cache_dir(text),
+            shares,
+            lambda row: "all" if whole else hash_split(row, text),
+        )
+    except NoTextError as error:
+        if whole:
+            raise NoTextError(f"{source}: no conversation in it") from None
+        raise NoTextError(
+            f"{error}: too few to hold out text.validation_fraction={text.validation_fraction}. "
+            "Give a separate file with text.validation=, or change text.validation_fraction"
+        ) from None
 
 
 class _Tally:
@@ -296,9 +348,7 @@ def _keep_spaces(processor: Any) -> None:
             _keep_spaces(value)
 
 
-def token_targets(
-    offsets: NDArray[np.int64], spans: list[tuple[int, int]]
-) -> NDArray[np.uint8]:
+def token_targets(offsets: NDArray[np.int64], spans: list[tuple[int, int]]) -> NDArray[np.uint8]:
     """Which tokens have a character in a span.
 
     Args:

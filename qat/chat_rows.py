@@ -133,12 +133,12 @@ def _guess(
     pair = {config.prompt_column, config.completion_column} <= set(columns)
     if pair and config.names_prompt:
         return "prompt_completion"
+    for row in rows:
+        turns = row.get(_messages_column(row, config))
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+            return "sharegpt" if "from" in turns[0] else "messages"
     column = _messages_column(columns, config)
     if column in columns:
-        for row in rows:
-            turns = row.get(column)
-            if isinstance(turns, list) and turns and isinstance(turns[0], dict):
-                return "sharegpt" if "from" in turns[0] else "messages"
         return "sharegpt" if column == "conversations" else "messages"
     if {"instruction", "output"} <= set(columns):
         return "alpaca"

@@ -19,10 +19,9 @@ a guess.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,6 +101,7 @@ TEMPLATE_TOKENS: dict[str, tuple[str, ...]] = {
 
 # The day that templates with a date get, so that tomorrow's run sees the same tokens.
 _DATE = {"%d %b %Y": "26 Jul 2024", "%Y-%m-%d": "2024-07-26", "%B %d, %Y": "July 26, 2024"}
+_SPECIAL_LOOK = re.compile(r"<\|\w+\|>")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FAILURES = (
     jinja2.TemplateError,
@@ -111,7 +111,7 @@ _FAILURES = (
     TypeError,
     ValueError,
 )
-_TRIMS = (str, str.strip, str.lstrip, str.rstrip)
+_TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
 
 
 class Rendered(NamedTuple):
@@ -215,6 +215,10 @@ class ChatTemplate:
         # the longest first: one special token may begin like another
         words = sorted(special, key=lambda word: (-len(word), word))
         self._special = re.compile("|".join(map(re.escape, words)) or r"(?!)")
+        known = set(tokenizer.get_added_vocab())
+        foreign = sorted(set(_SPECIAL_LOOK.findall(self.source)) - known)
+        if foreign:
+            self._note(f"writes {', '.join(foreign)}, which the tokenizer reads as common text")
         self._marked = bool(_MARKS.search(self.source))
         self._program = _fixed_date(self.source)
         user = {"role": "user", "content": "Question"}
@@ -312,7 +316,7 @@ class ChatTemplate:
     def _turn_end(self, text: str, alone: str, end: int) -> int:
         """Where the turn's last token ends; its text ends at ``end``."""
         # what the next message brings, or what only the last message has, is not in both
-        tail = commonprefix([text[end:], alone[end:]])
+        tail = _common_start(text[end:], alone[end:])
         stop = self._special.search(tail)
         if stop:
             return end + stop.end()
@@ -320,9 +324,7 @@ class ChatTemplate:
             self._note("ends a turn with no token, so the model will not learn to stop")
         return end + len(tail)
 
-    def _content_places(
-        self, text: str, messages: Sequence[Message]
-    ) -> dict[int, tuple[int, int]]:
+    def _content_places(self, text: str, messages: Sequence[Message]) -> dict[int, tuple[int, int]]:
         """Where the text of each message that is not blank stands."""
         contents = {i: m["content"] for i, m in enumerate(messages) if m["content"].strip()}
         mark = _unused("".join(contents.values()))
@@ -352,6 +354,13 @@ class ChatTemplate:
 
     def _note(self, note: str) -> None:
         self.notes[f"chat.template={self.name}: {note}"] = None
+
+
+def _common_start(first: str, second: str) -> str:
+    if first.startswith(second):
+        return second
+    pairs = zip(first, second)
+    return first[: next((i for i, (a, b) in enumerate(pairs) if a != b), len(first))]
 
 
 def _padded(text: str) -> bool:

@@ -47,6 +47,7 @@ RESUME_MAY_CHANGE = (
     "trainer.progress_bar",
     "logger",
     "wandb.*",
+    "min_gain_kept",
 )
 """Keys (and sections) that may differ when a run is resumed: none of them changes the mathematics
 of the steps that were already done."""

@@ -111,9 +111,10 @@ def kept_tensors(model: PreTrainedModel, coverage: Coverage) -> Iterator[tuple[s
 def _is_model_buffer(model: PreTrainedModel, name: str) -> bool:
     """Whether a state-dict entry is a persistent buffer of the original model."""
     owner_name, _, leaf = name.rpartition(".")
-    return not type(model.get_submodule(owner_name)).__module__.startswith("qat.") and (
-        leaf in model.get_submodule(owner_name)._buffers
-    )
+    owner = model.get_submodule(owner_name)
+    # the bases too: a parametrized module has a class of its own
+    ours = any(cls.__module__.startswith("qat.") for cls in type(owner).__mro__)
+    return not ours and leaf in owner._buffers
 
 
 def _experts(

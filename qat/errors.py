@@ -10,6 +10,7 @@
 
 import difflib
 import errno
+import logging
 import os
 import select
 import shutil
@@ -62,6 +63,8 @@ def run_main(fn: Callable[[], int | None]) -> int:
     """
     # progress bars only for what takes longer than two seconds; tqdm reads this when first imported
     os.environ.setdefault("TQDM_DELAY", "2")
+    # bitsandbytes, which PEFT imports, remarks that a kernel of the Hub is missing: not used here
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return fn() or 0
     except UserError as error:

@@ -218,6 +218,19 @@ def _logit_difference(
     return float(worst), blocks
 
 
+def check_logits(
+    trained: PreTrainedModel, reloaded: PreTrainedModel, batches: Sequence[Batch], what: str
+) -> None:
+    """Compare the logits of what was trained with those of its copy on disk, in fp32.
+
+    Raises:
+        FidelityError: they differ.
+    """
+    worst, _ = _logit_difference(trained, reloaded, batches)
+    if worst != 0.0:
+        raise FidelityError(f"{what}: logits differ from the trained model's by up to {worst}")
+
+
 def compare(
     trained: PreTrainedModel,
     coverage: Coverage,

@@ -15,25 +15,30 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qat import runtime
+from qat.adapters import has_adapters
 from qat.artifact import staged_directory, write_manifest
 from qat.artifact_summary import bits_per_weight
 from qat.card import model_card
 from qat.convert import write_checkpoint
 from qat.errors import UserError
-from qat.evaluate import Reference, measure
+from qat.evaluate import Quality, Reference, measure
 from qat.fake_quant import set_enabled
-from qat.fidelity import FidelityError, compare
+from qat.fidelity import FidelityError, check_logits, compare
 from qat.generate import sample
 from qat.memory import peak_memory_bytes
 from qat.module import quantization_error
 from qat.packed_layers import Int8Linear, PackedLinear
 from qat.packing import Batch
 from qat.prepare import KEEP_DTYPES, Coverage, prepare
-from qat.report import Report, Row, environment, write_report
+from qat.report import Report, Row, environment, gain_kept, write_report
 from qat.scheme import Scheme, describe
 from qat.training import calibrate
 
 Load = Callable[[], PreTrainedModel]
+
+
+class GainError(RuntimeError):
+    """The low-bit artifact keeps too little of what the training gained."""
 
 
 class Stopwatch:
@@ -50,6 +55,28 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class AdapterResult:
+    """What an adapter run adds to its `Result`."""
+
+    trained_merged: bool
+    """Whether training ended in the merged form: then the artifact must equal it exactly."""
+    min_gain_kept: float | None
+    """Least share of the training's gain that the artifact must keep; None judges nothing."""
+    bits_per_weight: float
+    """Of the base's linear layers."""
+    size_bytes: int
+    """Base and adapter, as they are shipped together."""
+    load_nf4: Load | None
+    """Loads ``nf4/`` with plain transformers, bitsandbytes and PEFT, fp32; must equal trained."""
+    nf4_caveat: str | None
+    """Why that reader computes another model on this kind of machine, or None."""
+    load_merged: Load | None
+    """Loads ``merged/``, fp32."""
+    facts: dict[str, Any]
+    """For the report: rank, parameters, hash of the base."""
 
 
 @dataclass
@@ -88,15 +115,25 @@ class Result:
     """Prompt of the sample."""
     predicted_memory_bytes: int
     """Predicted peak of one training process."""
+    adapters: "AdapterResult | None" = None
+    """What there is to say of adapters; None for a model that was trained whole."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Time spent so far."""
 
     def rounded(self, load: Load) -> PreTrainedModel:
         """A baseline: what ``load`` gives, rounded by the same scheme without training."""
         model = load()
-        prepare(model, self.scheme)
+        if has_adapters(model):
+            set_enabled(model, True)  # merged, then rounded
+        else:
+            prepare(model, self.scheme)
         calibrate(model, self.calibration)
         return model.eval()
+
+    @property
+    def trained_is_artifact(self) -> bool:
+        """Whether the last step computed with the weights that are shipped."""
+        return self.adapters is None or self.adapters.trained_merged
 
 
 def finish(result: Result) -> Report:
@@ -104,6 +141,7 @@ def finish(result: Result) -> Report:
 
     Raises:
         FidelityError: the artifact is not the trained model; nothing is left behind.
+        GainError: the artifact keeps too little of what adapters gained; it is not left behind.
         OSError: the disk is full; nothing is left behind.
     """
     trained = result.trained.eval()
@@ -116,6 +154,7 @@ def finish(result: Result) -> Report:
             fidelity, reloaded = compare(trained, result.coverage, staging, result.batches)
         with watch.phase("evaluate"):
             measured = _Measurement(result, staging)
+            measured.plain_rows()
             measured.packed_rows(reloaded)
             del reloaded
             measured.baseline_rows()
@@ -132,6 +171,9 @@ def finish(result: Result) -> Report:
             quantization_error_ptq=measured.error_ptq,
             sample={"prompt": result.prompt, "continuation": measured.sample},
             timing=watch.seconds,
+            adapter=result.adapters.facts if result.adapters else None,
+            packed=frozenset(measured.packed),
+            nf4=measured.nf4,
             peak_memory_bytes=peak_memory_bytes(),
             predicted_memory_bytes=result.predicted_memory_bytes,
             data_fingerprint=result.data_fingerprint,
@@ -179,6 +221,8 @@ class _Measurement:
         self.result = result
         self.artifact = artifact
         self.rows: dict[str, Row] = {}
+        self.packed: set[str] = set()
+        self.nf4 = ""
         self.error_ptq: dict[str, float] = {}
         self.sample = ""
         original = result.load_original()
@@ -190,24 +234,54 @@ class _Measurement:
             path.stat().st_size for path in artifact.glob("*.safetensors")
         )
         self.full_size = weights + others
-        self._add("original", original, packed=False)
+        self._add_full("original", original)
 
-    def _add(
-        self, name: str, model: PreTrainedModel, packed: bool = True, dtype: str = "fp32"
-    ) -> None:
-        quality = measure(model, self.result.batches, self.reference, name)
-        bits = self.packed_bits if packed else 8.0 * self.keep_dtype.itemsize
-        size = directory_bytes(self.artifact) if packed else self.full_size
-        self.rows[name] = Row(quality, bits, size, dtype)
+    def _measure(self, name: str, model: PreTrainedModel) -> Quality:
+        return measure(model, self.result.batches, self.reference, name)
+
+    def _add(self, name: str, model: PreTrainedModel, dtype: str = "fp32") -> None:
+        """A row of something that has the artifact's layout."""
+        quality = self._measure(name, model)
+        self.rows[name] = Row(quality, self.packed_bits, directory_bytes(self.artifact), dtype)
+        self.packed.add(name)
+
+    def _add_full(self, name: str, model: PreTrainedModel) -> None:
+        """A row of a 16-bit model."""
+        quality = self._measure(name, model)
+        self.rows[name] = Row(quality, 8.0 * self.keep_dtype.itemsize, self.full_size, "fp32")
+
+    def plain_rows(self) -> None:
+        """Adapters in their plain form, and what was written of it, where that was trained."""
+        adapters = self.result.adapters
+        if adapters is None:
+            return
+        if not adapters.trained_merged:
+            trained = self.result.trained
+            set_enabled(trained, False)
+            bits, size = adapters.bits_per_weight, adapters.size_bytes
+            self.rows["trained"] = Row(self._measure("trained", trained), bits, size, "fp32")
+            if adapters.nf4_caveat is not None:
+                self.nf4 = f"not compared: {adapters.nf4_caveat}"
+            elif adapters.load_nf4 is not None:
+                reloaded = adapters.load_nf4()
+                check_logits(trained, reloaded, self.result.batches, "nf4/")
+                self.nf4 = "equal"
+                self.rows["nf4"] = Row(self._measure("nf4", reloaded), bits, size, "fp32")
+                del reloaded
+            set_enabled(trained, True)
+        if adapters.load_merged is not None:
+            self._add_full("merged", adapters.load_merged())
 
     def packed_rows(self, reloaded: PreTrainedModel | None) -> None:
         """The trained module, the artifact (unless memory was too short for it), and as served."""
-        self._add("trained", self.result.trained)
+        if self.result.trained_is_artifact:
+            self._add("trained", self.result.trained)
         if reloaded is not None:
             self._add("artifact", reloaded)
             losses = [self.rows[name].quality.loss for name in ("artifact", "trained")]
-            if losses[0] != losses[1]:
+            if self.result.trained_is_artifact and losses[0] != losses[1]:
                 raise FidelityError(f"losses of artifact and trained module differ: {losses}")
+            self._check_gain()
         served = runtime.load_packed(self.artifact, dtype=torch.bfloat16)
         packed = any(isinstance(m, PackedLinear | Int8Linear) for m in served.modules())
         how = "packed weights" if packed else "plain transformers: no packed layer covers it"
@@ -220,6 +294,21 @@ class _Measurement:
             # a prompt that the model has no room for must not cost the trained artifact
             self.sample = f" [no sample: {error}]"
 
+    def _check_gain(self) -> None:
+        adapters, kept = self.result.adapters, gain_kept(self.rows)
+        if adapters is None or adapters.min_gain_kept is None or kept is None:
+            return
+        if not kept >= adapters.min_gain_kept:
+            losses = {name: f"{row.quality.loss:.4f}" for name, row in self.rows.items()}
+            raise GainError(
+                f"gain kept: {kept:.1%}, below min_gain_kept={adapters.min_gain_kept}. Losses in "
+                f"nats: original {losses['original']}, trained {losses['trained']}, artifact "
+                f"{losses['artifact']}. The adapter is in {self.result.run / 'adapter'}; the "
+                "artifact was not kept. Train the end of the run in the merged form "
+                "(merge_share=0.3, as recipe=qlora_int4 does), take a wider scheme, train longer, "
+                "or accept this one: resume the run with a lower min_gain_kept, or null"
+            )
+
     def baseline_rows(self) -> None:
         """The original rounded, and the 16-bit fine-tune as it is and rounded."""
         result = self.result
@@ -228,5 +317,5 @@ class _Measurement:
         self._add("ptq", ptq)
         del ptq
         if result.load_finetuned is not None:
-            self._add("finetuned", result.load_finetuned(), packed=False)
+            self._add_full("finetuned", result.load_finetuned())
             self._add("finetuned_ptq", result.rounded(result.load_finetuned))

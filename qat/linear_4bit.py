@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from qat_kernels.nf4 import (
+    DTYPES,
     NESTED_BLOCK,
     Packed4bit,
     Spec4bit,
+    check_packed,
     dequantize_4bit,
     linear_4bit,
     quantize_4bit,
@@ -49,6 +51,9 @@ class Linear4bit(nn.Linear):
         dtype: torch.dtype,
         bias: Tensor | None = None,
     ) -> None:
+        check_packed(packed, spec, shape)
+        if dtype not in DTYPES:
+            raise ValueError(f"weight dtype {dtype}: float32, bfloat16 or float16")
         # not nn.Linear's: it would allocate the 16-bit weight
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
@@ -56,7 +61,8 @@ class Linear4bit(nn.Linear):
         self.weight_dtype = dtype
         for name, tensor in zip(BUFFERS, packed):
             self.register_buffer(name, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", frozen)
 
     @classmethod
     def from_weight(
@@ -86,7 +92,11 @@ class Linear4bit(nn.Linear):
         dtype: torch.dtype,
         bias: Tensor | None = None,
     ) -> Self:
-        """Take over the tensors of a quantized weight of ``shape`` (N, K)."""
+        """Take over the tensors of a quantized weight of ``shape`` (N, K).
+
+        Raises:
+            ValueError: they do not fit the spec and the shape, or another dtype than the three.
+        """
         return cls(packed, spec, shape, dtype, bias)
 
     @classmethod
@@ -134,13 +144,13 @@ class Linear4bit(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., K] to [..., N] in the dtype of x, or in autocast's where that is on."""
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         return linear_4bit(x, self.packed, self.spec, self.shape, self.weight_dtype, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before: dict[str, Any] = {name: self._buffers[name] for name in BUFFERS}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:

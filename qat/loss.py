@@ -14,8 +14,9 @@ logits there instead, as activation checkpointing would, costs one more product 
 instead of three, of three instead of two where W is frozen.) Liger-Kernel's fused cross-entropy
 (arXiv:2410.10989) does the same with Triton; it runs where it is installed, on CUDA.
 
-f is what some architectures do after the head (soft caps, scales). Nothing is assumed about it:
-`find_head` compares with the model's own logits, and what does not agree keeps the whole logits.
+f is what some architectures do after the head (soft caps, scales). What `after_head` knows of it is
+not trusted: `supports_chunked` compares with the model's own logits, and a model that does not
+agree keeps its whole logits.
 
 Legend: x [n, H] decoder states of the n positions with a target, H hidden size, V vocabulary.
 """
@@ -128,7 +129,7 @@ def head_of(model: PreTrainedModel) -> Head:
     module: Any = model.get_output_embeddings()
     chosen = getattr(module, "modules_to_save", None)
     if isinstance(chosen, nn.ModuleDict):  # PEFT's wrapper around a head that trains as a whole
-        module = module if module.disable_adapters else chosen[module.active_adapter]
+        module = module if module.disable_adapters else chosen[module.active_adapters[0]]
     after = after_head(model)
     prepare_input = None
     weight: Any = None
@@ -182,12 +183,13 @@ class _ChunkedLoss(torch.autograd.Function):
                 loss = _one_chunk(head, x_part, targets[part], leaves)
             total += loss.detach()
             asked = [t for t, w in zip((x_part, *leaves), wanted) if w]
-            found = iter(torch.autograd.grad(loss, asked) if asked else ())
+            # a module can have parameters that are switched off
+            found = iter(torch.autograd.grad(loss, asked, allow_unused=True) if asked else ())
             if gradients[0] is not None:
                 gradients[0][part] = next(found)
             for gradient in gradients[1:]:
-                if gradient is not None:
-                    gradient += next(found)
+                if gradient is not None and (term := next(found)) is not None:
+                    gradient += term
         ctx.save_for_backward(*gradients)
         return total
 

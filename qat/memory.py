@@ -1,114 +1,362 @@
-"""Peak memory and disk of a run, predicted from shapes; and the peak that was measured."""
+"""Peak memory and disk of a run: predicted without its weights, and measured beside it.
 
+The prediction replays one training step on tensors without values (torch's fake tensors) and adds
+up what is alive after each operation. So it follows whatever model, attention, loss and quantizer
+do, and holds no table of activations. What the replay does not see is added by name:
+
+    train    = weights + optimizer state + runtime + replay(gradients, activations, copies, logits)
+    save     = weights + optimizer state + gradients + runtime + the checkpoint, in memory
+    load     = weights + the files that are read
+    finish   = trained + original + one or two more models + reference logits + one evaluation batch
+
+A run's peak is the largest phase. Measured figures are growth since before the model is loaded,
+because on the CPU the imports alone are half a gigabyte.
+"""
+
+import ctypes
+import gc
 import resource
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedModel
 
+from qat.convert import SHARD_BYTES
+from qat.evaluate import REFERENCE_BYTES, EvaluateConfig
+from qat.fake_quant import Quantizer, set_enabled
+from qat.lora import MergedLinear
+from qat.memory_replay import Replay, replay
 from qat.optim import OptimConfig
 from qat.prepare import Coverage
 from qat.training import TrainerConfig
 
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "lion_8bit": 1.02, "ademamix_8bit": 3.05}
-"""Optimizer state per parameter; 8-bit states carry one fp32 scale per block of 256."""
+OPTIMIZER_STATES = {"adamw": 2, "lion": 1, "ademamix": 3}
+"""State tensors of a parameter's shape, by optimizer."""
+SMALLEST_8BIT = 4096
+"""Values below which bitsandbytes keeps a parameter's state in fp32."""
+BLOCK_8BIT = 256
+"""Values that share one fp32 absmax in an 8-bit state."""
+RUNTIME_BYTES = 40 << 20
+"""What loops, libraries loaded on first use and the matmuls' thread buffers take beside tensors:
+growth of a training run of a model of 40,000 parameters (measured, torch 2.13 on two cores)."""
+EVALUATION_LOGITS = 7
+"""Tensors as large as a batch's logits in `qat.evaluate.measure`: logits of model and original,
+their two log-softmax, and in ``kl_div`` an exponential, a difference and their product."""
+MMAP_THRESHOLD = 1 << 20
+"""Allocations from this size on go back to the system when they are freed. glibc's own threshold
+grows to 32 MiB, and what it then keeps was 15 % of the peak of plain training and 23 % of QAT (112 M
+parameters); the page faults cost about 2 % of a step."""
+
+
+def optimizer_bytes(model: nn.Module, optim: OptimConfig) -> int:
+    """State of all trained parameters; see `OPTIMIZER_STATES` and the two constants after it."""
+    kind = optim.name.removeprefix("paged_")
+    states = OPTIMIZER_STATES[kind.removesuffix("_8bit")]
+    total = 0
+    for parameter in model.parameters():
+        numel = parameter.numel()
+        if not parameter.requires_grad:
+            continue
+        if optim.name == "adamw":
+            total += states * numel * parameter.element_size()
+        elif kind.endswith("_8bit") and numel >= SMALLEST_8BIT:
+            total += states * (numel + 4 * -(-numel // BLOCK_8BIT))
+        else:
+            total += states * numel * 4
+    return total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a prediction needs to know of a run beside its model."""
+
+    seq_len: int
+    """Tokens of a block."""
+    max_steps: int
+    """Optimizer steps."""
+    trainer: TrainerConfig
+    """Batch size, precision, checkpointing."""
+    optim: OptimConfig
+    """The optimizer."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """How much text is evaluated at the end."""
+    finetunes: bool = False
+    """Whether a 16-bit baseline is trained too."""
+    merges: bool = False
+    """Whether adapters train in their merged form, for a part of the run at least."""
+    extra_models: int = 0
+    """16-bit copies of the model written beside the artifact."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted peak of one training process, bytes."""
+    """Predicted peaks of one process, bytes."""
 
-    parameters: int
-    """fp32 master weights."""
+    weights: int
+    """Parameters and buffers as training holds them."""
     gradients: int
-    """fp32 gradients."""
+    """Gradients of what is trained."""
     optimizer: int
     """Optimizer state."""
-    quantized_copies: int
-    """Fake-quantized weights that live until the backward pass."""
+    copies: int
+    """Quantized, rounded or dequantized weights alive at the peak, whatever the batch."""
     activations: int
     """Activations and logits of one micro-batch."""
+    mapped: int
+    """The original's files under adapters, memory-mapped; the system can take them back."""
+    phases: dict[str, int]
+    """Host memory (without CUDA: all memory) by phase: load, train, save, finish."""
+    vram: int
+    """Memory of the CUDA device; 0 when training runs on the host."""
     disk: int
-    """Checkpoints, artifact and reports of the run."""
+    """Checkpoints and artifact of the run at their largest."""
+
+    @property
+    def ram(self) -> int:
+        """Peak of the host's memory."""
+        return max(self.phases.values())
 
     @property
     def memory(self) -> int:
-        """Sum of what is in memory at the peak."""
-        return (
-            self.parameters
-            + self.gradients
-            + self.optimizer
-            + self.quantized_copies
-            + self.activations
-        )
+        """What `MemoryMeter.peak` measures: device memory where there is a device."""
+        return self.vram or self.ram
 
     def table(self) -> str:
-        """One line per part, in MiB."""
+        """One line per part of the training step, then the phases, in MiB."""
         rows = {
-            "weights (fp32)": self.parameters,
+            "weights": self.weights,
             "gradients": self.gradients,
             "optimizer state": self.optimizer,
-            "fake-quantized weights": self.quantized_copies,
+            "copies of weights": self.copies,
             "activations, logits": self.activations,
-            "predicted peak memory": self.memory,
-            "predicted disk": self.disk,
+            "mapped files": self.mapped,
         }
+        rows |= {f"phase {name}": value for name, value in self.phases.items()}
+        rows |= {"predicted device memory": self.vram} if self.vram else {}
+        rows |= {"predicted peak memory": self.ram, "predicted disk": self.disk}
         return "\n".join(f"{name:<26}{value / 2**20:>12,.1f} MiB" for name, value in rows.items())
 
 
-def predict(
-    coverage: Coverage,
-    shape: PreTrainedConfig,
-    seq_len: int,
-    trainer: TrainerConfig,
-    optim: OptimConfig,
-    checkpoints: int,
-) -> Prediction:
-    """Predict from shapes.
+def predict(model: PreTrainedModel, coverage: Coverage, plan: Plan) -> Prediction:
+    """Predict the peaks of a run.
 
     Args:
-        coverage: all parameters of the model.
-        shape: the model's (text) configuration.
-        seq_len: tokens per block.
-        trainer: batch size, precision and checkpointing.
-        optim: the optimizer's name.
-        checkpoints: how many full checkpoints the run leaves (the 16-bit baseline keeps one too);
-            one more is on the disk while it is being written.
+        model: as training will hold it (prepared, with adapters, or plain), on the meta device;
+            it is used up.
+        coverage: its coverage.
+        plan: the run.
     """
-    hidden, layers, vocab = shape.hidden_size, shape.num_hidden_layers, shape.vocab_size
-    intermediate = getattr(shape, "intermediate_size", None) or 4 * hidden
-    numel = sum(entry.numel for entry in coverage.entries)
-    quantized = sum(entry.numel for entry in coverage.quantized)
-    tokens = trainer.micro_batch_size * seq_len
-    width = 2 if trainer.precision == "bf16-mixed" else 4
-    # per token and layer: inputs of the norms, q, k, v, attention output and residuals (about 10
-    # hidden-sized tensors) and gate, up, their product and the activation in the MLP
-    per_layer = tokens * (10 * hidden + 4 * intermediate) * width
-    if trainer.activation_checkpointing:
-        activations = layers * tokens * hidden * width + per_layer
-    else:
-        activations = layers * per_layer
-    # logits in the matmul's dtype, in fp32, and their gradient
-    logits = tokens * vocab * (width + 4 + 4)
-    state = int(numel * OPTIMIZER_BYTES[optim.name])
-    packed = sum(
-        entry.numel * (entry.weight.bits + 0.5) / 8 for entry in coverage.quantized if entry.weight
-    )
-    disk = (checkpoints + 1) * (4 * numel + state) + int(packed) + 2 * (numel - quantized)
+    stored = getattr(model.config, "dtype", None) or torch.float32
+    file_bytes = sum(entry.numel for entry in coverage.entries) * stored.itemsize
+    weights, gradients = tensor_bytes(model), gradient_bytes(model)
+    optimizer = optimizer_bytes(model, plan.optim)
+    adapters = any(isinstance(module, MergedLinear) for module in model.modules())
+    mapped = file_bytes if adapters else 0
+    step, copies, forward = _replays(model, plan)
+    held = weights + optimizer + mapped + RUNTIME_BYTES
+    checkpoint = gradients + optimizer
+    saved = held + checkpoint + (gradients if _saves_with_gradients(plan) else 0)
+    train = held + step
+    finish = _finish_bytes(model, coverage, plan, weights + mapped, forward)
+    phases = {"load": weights + file_bytes, "train": train, "save": saved, "finish": finish}
+    vram = 0
+    if plan.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+        vram = weights + optimizer + step
+        phases |= {"train": weights + RUNTIME_BYTES, "save": checkpoint + RUNTIME_BYTES}
     return Prediction(
-        parameters=4 * numel,
-        gradients=4 * numel,
-        optimizer=state,
-        quantized_copies=quantized * width,
-        activations=activations + logits,
-        disk=disk,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        copies=copies,
+        activations=step - gradients - copies,
+        mapped=mapped,
+        phases=phases,
+        vram=vram,
+        disk=_disk_bytes(coverage, plan, checkpoint, gradients if adapters else 0),
     )
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Parameters and buffers of a model, shared ones once."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Gradients of a model's trained parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def _replays(model: PreTrainedModel, plan: Plan) -> tuple[int, int, int]:
+    """(peak of a step, its share that no batch size changes, peak of an evaluation's forward)."""
+    trainer, small = plan.trainer, Replay(1, 2)
+    accumulates = trainer.global_batch_size > trainer.micro_batch_size * (
+        trainer.devices * trainer.num_nodes
+    )
+    batch = Replay(
+        trainer.micro_batch_size,
+        plan.seq_len,
+        bf16=trainer.precision == "bf16-mixed",
+        recompute=trainer.activation_checkpointing,
+        loss_chunk=trainer.loss_chunk,
+        accumulates=accumulates,
+    )
+    forms = [False, True] if plan.merges else [None]
+    gradients = gradient_bytes(model)
+    best = (0, 0)
+    for merged in forms:
+        if merged is not None:
+            set_enabled(model, merged)
+        least = replay(model, small.like(batch)) - gradients
+        best = max(best, (replay(model, batch), max(least, 0)))
+    if any(isinstance(module, Quantizer) for module in model.modules()):
+        set_enabled(model, True)
+    evaluated = Replay(plan.evaluate.batch_size, plan.seq_len, train=False)
+    return *best, replay(model, evaluated)
+
+
+def _saves_with_gradients(plan: Plan) -> bool:
+    """Whether a checkpoint is written at a step without a validation, which drops gradients."""
+    trainer = plan.trainer
+    every = min(trainer.validate_every_steps, plan.max_steps)
+    saves = [*range(trainer.checkpoint_every_steps, plan.max_steps, trainer.checkpoint_every_steps)]
+    return any(step % every for step in [*saves, plan.max_steps])
+
+
+def _finish_bytes(
+    model: PreTrainedModel, coverage: Coverage, plan: Plan, trained: int, forward: int
+) -> int:
+    """Host memory of `qat.finish.finish`, at the larger of its two ends.
+
+    Packed rows: trained, original and reloaded model, the packed one beside them. Baselines:
+    trained, original, and a third model while its file is read (the fine-tuned one's checkpoint is
+    fp32). Both with the original's logits kept; one batch is evaluated at a time.
+    """
+    full = 4 * sum(entry.numel for entry in coverage.entries)
+    vocab = model.config.get_text_config().vocab_size
+    text = plan.evaluate.max_tokens * vocab * 4
+    kept_logits = text if text <= REFERENCE_BYTES else 0
+    positions = min(plan.evaluate.batch_size * plan.seq_len, plan.evaluate.max_tokens)
+    batch = max(forward, EVALUATION_LOGITS * 4 * positions * vocab)
+    stored = getattr(model.config, "dtype", None) or torch.float32
+    file_bytes = full if plan.finetunes else full // 4 * stored.itemsize
+    convert = trained + 2 * min(artifact_bytes(coverage), SHARD_BYTES)
+    packed = trained + 2 * full + artifact_bytes(coverage) + batch
+    baselines = trained + 2 * full + max(file_bytes, batch)
+    return RUNTIME_BYTES + max(convert, kept_logits + max(packed, baselines))
+
+
+def artifact_bytes(coverage: Coverage) -> int:
+    """Weights of the artifact: codes with a 16-bit scale per group, and 16 bit for the rest."""
+    total = 0.0
+    for entry in coverage.entries:
+        if entry.weight is None:
+            total += 2 * entry.numel
+            continue
+        group = entry.weight.group_of(entry.shape[-1])
+        total += entry.numel * (entry.weight.bits + 16 / group) / 8
+    return int(total)
+
+
+def _disk_bytes(coverage: Coverage, plan: Plan, checkpoint: int, adapter: int) -> int:
+    """The run's directory at its largest.
+
+    That is while a checkpoint replaces an earlier one, both complete; or at the end, when the
+    artifact stands beside the checkpoints.
+    """
+    numel = sum(entry.numel for entry in coverage.entries)
+    baseline = 4 * numel + checkpoint if adapter else checkpoint
+    kept = checkpoint + (baseline if plan.finetunes else 0)
+    replacing = checkpoint if plan.max_steps > plan.trainer.checkpoint_every_steps else 0
+    outputs = artifact_bytes(coverage) + adapter + 2 * numel * plan.extra_models
+    return kept + max(replacing, outputs)
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+class MemoryMeter:
+    """Peak memory by phase, as growth since the meter was made: before the model is loaded.
+
+    Making one also tells the allocator to give freed tensors back, see `MMAP_THRESHOLD`. Linux can
+    start a peak anew for each phase; elsewhere a phase's peak includes those of earlier phases.
+    """
+
+    def __init__(self) -> None:
+        _give_back_when_freed()
+        self.host: dict[str, int] = {}
+        """Growth of the resident process at the peak of each phase, bytes."""
+        self.device: dict[str, int] = {}
+        """Growth of the CUDA allocator's memory, bytes; empty without CUDA."""
+        gc.collect()
+        self._host_start = psutil.Process().memory_info().rss
+        self._device_start = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the block; a name that comes again keeps the larger peak."""
+        _start_peak()
+        try:
+            yield
+        finally:
+            growth = resident_peak() - self._host_start
+            self.host[name] = max(growth, self.host.get(name, 0))
+            if torch.cuda.is_available():
+                growth = torch.cuda.max_memory_allocated() - self._device_start
+                self.device[name] = max(growth, self.device.get(name, 0))
+
+    @property
+    def peak(self) -> int:
+        """Largest growth over the phases: the device's where there is one, else the host's."""
+        return max((self.device or self.host).values(), default=0)
+
+
+def release(model: nn.Module) -> None:
+    """Free what training leaves behind: gradients, and cycles that hold the optimizer's state."""
+    model.zero_grad()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _give_back_when_freed() -> None:
+    """Fix glibc's threshold; other C libraries have no such call."""
+    if not sys.platform.startswith("linux"):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, MMAP_THRESHOLD)
+        # small tensors come and go at the heap's end; without slack each would be a system call
+        mallopt(trim_threshold, 32 * MMAP_THRESHOLD)
+
+
+def _start_peak() -> None:
+    """Let the peak begin at what is in use now (Linux, CUDA)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        # "5" resets the peak resident set size, see proc_pid_clear_refs(5)
+        Path("/proc/self/clear_refs").write_text("5", "ascii")
+
+
+def resident_peak() -> int:
+    """Largest resident memory of this process since `_start_peak`, bytes."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text("ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_memory_bytes() -> int:
     """Measured peak: of the GPU's allocator where there is one, else of the resident process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else resident_peak()

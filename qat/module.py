@@ -123,7 +123,9 @@ class CausalLMModule(LightningModule):
                 f"{self.base_sha256[:16]}…, the checkpoint has {checkpoint['base_sha256'][:16]}…). "
                 "Restore the files that model= names, or start a new run"
             )
-        missing = {f"model.{n}" for n in trained_state(self.model)} - checkpoint["state_dict"].keys()
+        missing = {f"model.{n}" for n in trained_state(self.model)} - checkpoint[
+            "state_dict"
+        ].keys()
         if missing:
             raise UserError(f"resume: the checkpoint lacks {sorted(missing)[0]}; start a new run")
 

@@ -7,6 +7,7 @@ what is read costs page cache and no memory of its own. A checkpoint that is alr
 """
 
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class OriginalWeights:
             of embedding and head are the mean of the old ones.
 
     Raises:
-        UserError: missing or unreadable files, weights missing in them, not a causal LM.
+        UserError: missing or unreadable files, weights missing in them (when the first one is read),
+            not a causal LM.
     """
 
     def __init__(self, model: str, rows: int = 0) -> None:
@@ -66,8 +68,6 @@ class OriginalWeights:
             del self.config.quantization_config
         self.dtype: torch.dtype = self.config.dtype or torch.float32
         """Dtype of the checkpoint."""
-        self.directory = resolve(model)
-        self._files = TensorFiles(self.directory, ExitStack())
         skeleton = self._empty()
         # both ways: the file may store a tied weight under either name
         ties = skeleton.all_tied_weights_keys
@@ -80,7 +80,22 @@ class OriginalWeights:
         }
         self._added = max(0, rows - skeleton.get_input_embeddings().weight.shape[0])
         self._whole: dict[str, Tensor] = {}
-        self._names = self._map(skeleton)
+
+    # opened when the first weight is wanted: a dry run needs none, and must not download any
+
+    @cached_property
+    def directory(self) -> Path:
+        """Where the files are."""
+        return resolve(self.model)
+
+    @cached_property
+    def _files(self) -> TensorFiles:
+        return TensorFiles(self.directory, ExitStack())
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Model's name → file's name."""
+        return self._map(self._empty())
 
     def _empty(self) -> PreTrainedModel:
         try:
@@ -94,7 +109,6 @@ class OriginalWeights:
         return model
 
     def _map(self, skeleton: PreTrainedModel) -> dict[str, str]:
-        """Model's name → file's name."""
         transforms = get_model_conversion_mapping(skeleton)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -129,8 +143,6 @@ class OriginalWeights:
                 embedding.weight.shape[0] + self._added, mean_resizing=False
             )
             model.tie_weights()
-        if (self.directory / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(self.directory)
         return model
 
     def _source(self, name: str) -> str | None:
@@ -196,6 +208,8 @@ class OriginalWeights:
                 # everywhere at once, so that tied weights stay one
                 for owner, leaf in owners[id(parameter)]:
                     owner._parameters[leaf] = filled
+        if (self.directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.directory)
         persistent = model.state_dict().keys()
         for name, buffer in list(model.named_buffers()):
             if name in persistent and name in self:

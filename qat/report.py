@@ -22,7 +22,9 @@ ROWS = {
     "finetuned": "same data, steps and seed in 16 bit",
     "ptq": "the original, rounded",
     "finetuned_ptq": "the 16-bit fine-tune, rounded",
-    "trained": "the fake-quantized module",
+    "trained": "the module as it was trained",
+    "nf4": "4-bit base and adapter in transformers, bitsandbytes and PEFT",
+    "merged": "the adapter merged, in 16 bit",
     "artifact": "reloaded from disk by plain transformers",
     "served": "as `qat generate` runs it",
 }
@@ -77,12 +79,18 @@ class Report:
     """Predicted peak of one training process."""
     data_fingerprint: str
     """Identifies the training text."""
+    packed: frozenset[str]
+    """Rows of models that have the artifact's layout."""
+    nf4: str = ""
+    """Result of comparing ``nf4/``, read by plain bitsandbytes and PEFT, with the trained model."""
+    adapter: dict[str, Any] | None = None
+    """Facts on the adapters, of a run that trained them."""
     environment: dict[str, Any] = field(default_factory=lambda: environment())
 
     def set_packed_size(self, size_bytes: int) -> None:
         """State the size of the finished artifact in all rows that have its layout."""
         for name, row in self.rows.items():
-            if name not in ("original", "finetuned"):
+            if name in self.packed:
                 self.rows[name] = replace(row, size_bytes=size_bytes)
 
     @property
@@ -111,12 +119,13 @@ class Report:
                 for name, row in self.rows.items()
             },
             "recovered": self.recovered,
-            "fidelity": asdict(self.fidelity),
+            "fidelity": asdict(self.fidelity) | ({"nf4_logits": self.nf4} if self.nf4 else {}),
             "coverage": [asdict(entry) for entry in self.coverage.entries],
             "quantized_share": self.coverage.share,
             "quantization_error": self.quantization_error,
             "quantization_error_ptq": self.quantization_error_ptq,
-            "gain_kept": None,
+            "gain_kept": gain_kept(self.rows) if self.adapter else None,
+            "adapter": self.adapter,
             "timing": self.timing,
             "peak_memory_bytes": self.peak_memory_bytes,
             "predicted_memory_bytes": self.predicted_memory_bytes,
@@ -126,6 +135,19 @@ class Report:
         }
         cleaned: dict[str, Any] = _finite(content)
         return cleaned
+
+
+def gain_kept(rows: dict[str, Row]) -> float | None:
+    """Share of the training's gain that the artifact keeps, by loss in nats.
+
+    (original - artifact) / (original - trained); None where a row is missing or nothing was gained.
+    """
+    if not all(name in rows for name in ("original", "trained", "artifact")):
+        return None
+    original, trained, artifact = (
+        rows[name].quality.loss for name in ("original", "trained", "artifact")
+    )
+    return (original - artifact) / (original - trained) if trained < original else None
 
 
 def _finite(value: Any) -> Any:
@@ -181,7 +203,7 @@ def table(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """Two sentences: fidelity and recovery."""
+    """What the run proves: fidelity, gain kept, recovery."""
     f = report.fidelity
     weights = "not compared" if f.weights_equal is None else f"equal ({f.weights_compared})"
     text = (
@@ -189,6 +211,15 @@ def verdict(report: Report) -> str:
         f"weights {weights}, logits {f.logits}"
         + (f" ({f.logit_blocks} blocks of text, fp32)." if f.logit_blocks else ".")
     )
+    if report.nf4:
+        text += f" nf4/ (4-bit base and adapter): logits {report.nf4}."
+    if report.adapter is not None:
+        kept = gain_kept(report.rows)
+        text += (
+            " Gain kept: nothing was gained over the original."
+            if kept is None
+            else f" Gain kept: {kept:.2%} of what training gained over the original."
+        )
     if report.recovered is not None:
         text += (
             f" Recovered: {report.recovered:.1%} of the loss that rounding the 16-bit fine-tune "

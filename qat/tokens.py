@@ -175,7 +175,12 @@ def new_store(path: Path, vocabulary: int, targets: bool = False) -> Iterator["S
             "folder with text.cache_dir="
         ) from None
     try:
-        with os.fdopen(handle, "w+b") as file, StoreWriter(file, vocabulary, targets) as writer:
+        with (
+            os.fdopen(handle, "w+b") as file,
+            tempfile.TemporaryFile() as offsets,
+            tempfile.TemporaryFile() as spool,
+        ):
+            writer = StoreWriter(file, vocabulary, offsets, spool if targets else None)
             yield writer
             writer.finish()
         os.replace(temporary, path)
@@ -239,7 +244,9 @@ def _batches(documents: Iterable[Piece | str]) -> Iterator[list[Piece]]:
 class StoreWriter:
     """Writes the file of one store, in constant memory; see the module docstring."""
 
-    def __init__(self, file: IO[bytes], vocabulary: int, targets: bool) -> None:
+    def __init__(
+        self, file: IO[bytes], vocabulary: int, offsets: IO[bytes], targets: IO[bytes] | None
+    ) -> None:
         self.total = 0
         """Tokens written."""
         self.documents = 0
@@ -250,18 +257,9 @@ class StoreWriter:
         self._dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
         self._start = 0
         self._checksum = 0
-        # what follows the tokens in the file
-        self._targets = tempfile.TemporaryFile() if targets else None
-        self._offsets = tempfile.TemporaryFile()
+        # temporary files of what follows the tokens
+        self._targets, self._offsets = targets, offsets
         file.write(bytes(_HEADER.size))
-
-    def __enter__(self) -> "StoreWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._offsets.close()
-        if self._targets is not None:
-            self._targets.close()
 
     def add(self, ids: Any, targets: NDArray[np.uint8] | None = None) -> None:
         """Append tokens to the document, with as many targets if the store has them."""

@@ -215,6 +215,13 @@ def fit(
     module.trainer, data.trainer = None, None
 
 
+def training_device(config: TrainerConfig) -> torch.device:
+    """Where this process will train: so that a base can be built there right away."""
+    if config.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
 def checkpoint_step(path: Path) -> int:
     """Optimizer step of a checkpoint; 0 when there is none."""
     if not path.exists():

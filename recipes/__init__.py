@@ -42,12 +42,16 @@ class Recipe:
 
 
 _TRAIN = ("recipes.config:TrainConfig", "recipes.qat:run")
+_ADAPTERS = ("recipes.config:AdapterRunConfig", "recipes.qlora:run")
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("qat_int4", "quantization-aware training to packed int4 weights", *_TRAIN),
         Recipe("qat_int8", "quantization-aware training to int8 weights and inputs", *_TRAIN),
+        Recipe("qlora_nf4", "LoRA adapters on a frozen NF4 base, merged once to int4", *_ADAPTERS),
+        Recipe("qlora_int4", "the same, ending on the int4 weights that are shipped", *_ADAPTERS),
+        Recipe("lora_bf16", "LoRA adapters on a 16-bit base, merged once to int4", *_ADAPTERS),
         Recipe(
             "pretrain_demo",
             "train the built-in demo model from scratch",

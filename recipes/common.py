@@ -7,9 +7,13 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from data.module import TextDataModule
+from qat.chat_config import ChatConfig
 from qat.config import to_yaml
 from qat.errors import resumable
+from qat.finish import Result, finish
+from qat.loggers import Loggers
 from qat.module import CausalLMModule, Timing
+from qat.report import table, verdict
 from qat.rundir import run_directory
 from recipes.config import RunConfig
 
@@ -24,8 +28,10 @@ def own_directory(config: RunConfig) -> Iterator[Path]:
             yield directory
 
 
-def new_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TextDataModule:
-    """The data module, its token caches filled."""
+def new_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, chat: ChatConfig | None = None
+) -> TextDataModule:
+    """The data module, its token caches filled; rows are conversations if ``chat`` is given."""
     data = TextDataModule(
         config.data,
         tokenizer,
@@ -33,16 +39,30 @@ def new_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TextDataM
         global_batch_size=config.trainer.global_batch_size,
         micro_batch_size=config.trainer.micro_batch_size,
         seed=config.seed,
+        chat=chat,
     )
     data.setup("fit")
     return data
 
 
-def new_module(config: RunConfig, model: PreTrainedModel) -> CausalLMModule:
-    """The Lightning module; the baseline gets the same but for what `prepare` did."""
+def new_module(
+    config: RunConfig,
+    model: PreTrainedModel,
+    enable_after_steps: int | None = None,
+    base_sha256: str | None = None,
+) -> CausalLMModule:
+    """The Lightning module; the baseline gets the same but for what `prepare` did.
+
+    Args:
+        config: the run's.
+        model: what to train.
+        enable_after_steps: the step at which quantizers are switched on; None takes the scheme's.
+        base_sha256: identity of the frozen base under adapters.
+    """
     freeze = config.scheme.observer.freeze_after_steps
+    enable = config.scheme.enable_after_steps if enable_after_steps is None else enable_after_steps
     timing = Timing(
-        enable_after_steps=config.scheme.enable_after_steps,
+        enable_after_steps=enable,
         freeze_after_steps=config.max_steps * 3 // 4 if freeze is None else freeze,
     )
     return CausalLMModule(
@@ -52,4 +72,17 @@ def new_module(config: RunConfig, model: PreTrainedModel) -> CausalLMModule:
         config.seed,
         timing=timing,
         log_every_steps=config.trainer.log_every_steps,
+        base_sha256=base_sha256,
     )
+
+
+def finish_run(result: Result, loggers: Loggers) -> None:
+    """Finish, print what came out, and log it."""
+    report = finish(result)
+    print(f"\n{report.scheme}\n\n{table(report)}\n\n{verdict(report)}\n")
+    print(f"{report.sample['prompt']}{report.sample['continuation']}\n")
+    print(f"report:   {result.run / 'report.md'}\nartifact: {result.run / 'artifact'}")
+    rows: dict[str, float] = {
+        f"{name}/loss": row.quality.loss for name, row in report.rows.items()
+    }
+    loggers.finish(result.run / "artifact", rows)

@@ -1,8 +1,11 @@
 """The configuration tree of each recipe; configs/*.yaml hold only what differs."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qat.adapters import AdapterConfig
+from qat.chat_config import ChatConfig
 from qat.evaluate import EvaluateConfig
 from qat.loggers import WandbConfig
 from qat.optim import OptimConfig
@@ -17,7 +20,7 @@ class BaselinesConfig:
 
     finetune: bool | None = None
     """Train a 16-bit model on the same data, steps and seed, which doubles the training time; null
-    does so for the demo model only."""
+    does so for the demo model under qat recipes only."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig):
-    """Quantization-aware training."""
+class FinetuneConfig(RunConfig):
+    """Keys of the recipes that end in an artifact."""
 
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
     """Comparisons in the report."""
@@ -89,6 +92,69 @@ class TrainConfig(RunConfig):
         if self.baselines.finetune is None:
             return self.model == "demo"
         return self.baselines.finetune
+
+
+@dataclass(frozen=True)
+class TrainConfig(FinetuneConfig):
+    """Quantization-aware training."""
+
+
+Output = Literal["adapter", "nf4", "merged"]
+
+
+@dataclass(frozen=True)
+class AdapterRunConfig(FinetuneConfig):
+    """Adapters on a frozen base."""
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """The frozen base and the adapters on it."""
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    """Conversations and instructions: formats, template, what is trained on."""
+    merge_share: float = 0.0
+    """Share of the steps, at the end, that train the merged and quantized weights; 0: none."""
+    min_gain_kept: float | None = 0.9
+    """Least share of the training's gain that the artifact must keep, else the run fails; null
+    accepts anything."""
+    outputs: list[Output] | None = None
+    """What is written beside the artifact: adapter (PEFT's format), nf4 (the 4-bit base in
+    bitsandbytes' format, with the adapter), merged (16 bit). null: adapter, and nf4 where that is
+    what was trained."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a run that cannot do what it is asked to."""
+        super().__post_init__()
+        if not 0 <= self.merge_share <= 1:
+            raise ValueError(f"merge_share={self.merge_share}: between 0 and 1")
+        if self.scheme.enable_after_steps:
+            raise ValueError("scheme.enable_after_steps: adapters take merge_share instead")
+        if "nf4" in (self.outputs or []) and not self.trains_nf4:
+            raise ValueError(
+                "outputs: nf4 is for runs that train on a 4-bit base to their end; this one has "
+                f"adapter.base={self.adapter.base} and merge_share={self.merge_share}"
+            )
+
+    @property
+    def trains_nf4(self) -> bool:
+        """Whether the run ends on the 4-bit base with its adapter."""
+        return self.adapter.base != "16bit" and self.merge_share == 0
+
+    @property
+    def written(self) -> list[Output]:
+        """The outputs beside the artifact."""
+        if self.outputs is not None:
+            return self.outputs
+        return ["adapter", "nf4"] if self.trains_nf4 else ["adapter"]
+
+    @property
+    def plain_steps(self) -> int:
+        """Optimizer steps before the merged form sets in."""
+        merged = math.ceil(self.max_steps * self.merge_share)
+        return self.max_steps - merged
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether the 16-bit baseline is trained; only if it is asked for."""
+        return bool(self.baselines.finetune)
 
 
 @dataclass(frozen=True)

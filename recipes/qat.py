@@ -10,16 +10,15 @@ from transformers import PreTrainedModel
 from data.demo import model_path
 from qat.compressed_tensors import layout
 from qat.config import to_yaml
-from qat.finish import Result, Stopwatch, finish
+from qat.finish import Result, Stopwatch
 from qat.loggers import Loggers
 from qat.memory import Prediction, predict
 from qat.models import load_config, load_model, load_tokenizer, meta_model
 from qat.packing import check_packing
 from qat.prepare import KEEP_DTYPES, Coverage, plan, prepare
-from qat.report import table, verdict
 from qat.rundir import is_rank_zero
 from qat.training import calibrate, fit
-from recipes.common import new_data, new_module, own_directory
+from recipes.common import finish_run, new_data, new_module, own_directory
 from recipes.config import TrainConfig
 
 
@@ -99,12 +98,7 @@ def train(config: TrainConfig, directory: Path) -> None:
         predicted_memory_bytes=prediction.memory,
         watch=watch,
     )
-    report = finish(result)
-    print(f"\n{report.scheme}\n\n{table(report)}\n\n{verdict(report)}\n")
-    print(f"{report.sample['prompt']}{report.sample['continuation']}\n")
-    print(f"report:   {directory / 'report.md'}\nartifact: {directory / 'artifact'}")
-    rows = {f"{name}/loss": row.quality.loss for name, row in report.rows.items()}
-    loggers.finish(directory / "artifact", rows)
+    finish_run(result, loggers)
 
 
 def check_model(config: TrainConfig) -> None:
