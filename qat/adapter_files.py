@@ -29,7 +29,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.core_model_loading import revert_weight_conversion
 
 from qat import bitsandbytes_format
+from qat.adapter_card import adapter_card, merged_card, nf4_card
 from qat.adapters import AdapterConfig, trained_modules, trained_rows
+from qat.artifact import write_manifest
 from qat.convert import kept_tensors, write_config, write_shards
 from qat.linear_4bit import Linear4bit
 from qat.lora import LoraLinear, MergedLinear
@@ -59,6 +61,8 @@ class AdapterFiles:
     """Saved with each model."""
     base_sha256: str
     """Identity of the frozen base."""
+    provenance: dict[str, Any]
+    """For the manifests: recipe, data, configuration."""
 
     def write_adapter(self, directory: Path, base: str, on_original: bool) -> None:
         """Write an adapter in PEFT's format.
@@ -100,6 +104,9 @@ class AdapterFiles:
         text = json.dumps(identity, indent=2) + "\n"
         (directory / "base.json").write_text(text, encoding="utf-8")
         self.tokenizer.save_pretrained(directory)
+        vocabulary = self.model.config.get_text_config().vocab_size if self.original.added else None
+        if on_original:
+            self._describe(directory, adapter_card(self.original.model, identity, vocabulary))
 
     def identity(self) -> dict[str, Any]:
         """What the adapter was trained on: hash of the base and its quantizer."""
@@ -145,6 +152,7 @@ class AdapterFiles:
         self.tokenizer.save_pretrained(directory)
         (directory / "adapter").mkdir()
         self.write_adapter(directory / "adapter", "..", on_original=False)
+        self._describe(directory, nf4_card(self.original.model, self.identity(), self.caveat()))
 
     def _base_tensors(self) -> Iterator[dict[str, Tensor]]:
         skeleton = self.original.skeleton()
@@ -167,6 +175,11 @@ class AdapterFiles:
         write_shards(self._merged_tensors(), directory, "write merged")
         write_config(self.model, {"dtype": str(self.keep).removeprefix("torch.")}, directory)
         self.tokenizer.save_pretrained(directory)
+        self._describe(directory, merged_card(self.original.model, self.identity()))
+
+    def _describe(self, directory: Path, card: str) -> None:
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(directory, self.provenance | self.identity())
 
     def _merged_tensors(self) -> Iterator[dict[str, Tensor]]:
         for item in quantized_parameters(self.model):

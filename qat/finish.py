@@ -113,6 +113,10 @@ class Result:
     """Identifies the training text."""
     prompt: str
     """Prompt of the sample."""
+    chat: bool = field(default=False, kw_only=True)
+    """Whether the prompt is a user's turn in the tokenizer's chat template."""
+    data_summary: dict[str, Any] | None = field(default=None, kw_only=True)
+    """What was read of instruction data, for the report."""
     predicted_memory_bytes: int
     """Predicted peak of one training process."""
     adapters: "AdapterResult | None" = None
@@ -177,6 +181,7 @@ def finish(result: Result) -> Report:
             peak_memory_bytes=peak_memory_bytes(),
             predicted_memory_bytes=result.predicted_memory_bytes,
             data_fingerprint=result.data_fingerprint,
+            data_summary=result.data_summary,
         )
         _describe(result, report, staging)
     write_report(report, result.run)
@@ -288,7 +293,11 @@ class _Measurement:
         self._add("served", served, dtype=f"bf16, {how}")
         try:
             self.sample = sample(
-                served, self.result.tokenizer, self.result.prompt, max_new_tokens=48
+                served,
+                self.result.tokenizer,
+                self.result.prompt,
+                max_new_tokens=48,
+                chat=self.result.chat,
             )
         except UserError as error:
             # a prompt that the model has no room for must not cost the trained artifact

@@ -82,16 +82,22 @@ def generate(
 
 
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    chat: bool = False,
 ) -> str:
-    """The greedy continuation of ``prompt`` (plain text, no chat template), without the prompt.
+    """The greedy continuation of ``prompt``, without the prompt.
+
+    ``chat`` puts the prompt as a user's turn into the tokenizer's chat template.
 
     The model's training mode and the random state are left as they were.
 
     Raises:
         UserError: the prompt is empty or longer than the model's context.
     """
-    options = GenerateOptions(max_new_tokens=max_new_tokens, chat=False)
+    options = GenerateOptions(max_new_tokens=max_new_tokens, chat=chat)
     training = model.training
     model.eval()
     try:

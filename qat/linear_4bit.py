@@ -146,7 +146,9 @@ class Linear4bit(nn.Linear):
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        return linear_4bit(x, self.packed, self.spec, self.shape, self.weight_dtype, self.bias)
+        # fp32 rounded to x's dtype is what dequantizing to that dtype gives, without the fp32 copy
+        dtype = x.dtype if self.weight_dtype is torch.float32 else self.weight_dtype
+        return linear_4bit(x, self.packed, self.spec, self.shape, dtype, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before: dict[str, Any] = {name: self._buffers[name] for name in BUFFERS}

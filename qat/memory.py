@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -51,8 +50,8 @@ EVALUATION_LOGITS = 7
 their two log-softmax, and in ``kl_div`` an exponential, a difference and their product."""
 MMAP_THRESHOLD = 1 << 20
 """Allocations from this size on go back to the system when they are freed. glibc's own threshold
-grows to 32 MiB, and what it then keeps was 15 % of the peak of plain training and 23 % of QAT (112 M
-parameters); the page faults cost about 2 % of a step."""
+grows to 32 MiB, and what it then keeps was 15 % of the peak of plain training and 23 % of QAT
+(112 M parameters); the page faults cost about 2 % of a step."""
 
 
 def optimizer_bytes(model: nn.Module, optim: OptimConfig) -> int:
@@ -74,7 +73,7 @@ def optimizer_bytes(model: nn.Module, optim: OptimConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a prediction needs to know of a run beside its model."""
 
     seq_len: int
@@ -85,14 +84,18 @@ class Plan:
     """Batch size, precision, checkpointing."""
     optim: OptimConfig
     """The optimizer."""
+    file_dtype: torch.dtype = torch.bfloat16
+    """Dtype of the original's files."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """How much text is evaluated at the end."""
     finetunes: bool = False
     """Whether a 16-bit baseline is trained too."""
+    storage: torch.dtype | None = None
+    """Dtype in which frozen parameters are held; None: as the model has them."""
     merges: bool = False
     """Whether adapters train in their merged form, for a part of the run at least."""
-    extra_models: int = 0
-    """16-bit copies of the model written beside the artifact."""
+    outputs: tuple[str, ...] = ()
+    """What an adapter run writes beside the artifact: adapter, nf4, merged."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Prediction:
         return "\n".join(f"{name:<26}{value / 2**20:>12,.1f} MiB" for name, value in rows.items())
 
 
-def predict(model: PreTrainedModel, coverage: Coverage, plan: Plan) -> Prediction:
+def predict(model: PreTrainedModel, coverage: Coverage, plan: RunPlan) -> Prediction:
     """Predict the peaks of a run.
 
     Args:
@@ -153,8 +156,10 @@ def predict(model: PreTrainedModel, coverage: Coverage, plan: Plan) -> Predictio
         coverage: its coverage.
         plan: the run.
     """
-    stored = getattr(model.config, "dtype", None) or torch.float32
-    file_bytes = sum(entry.numel for entry in coverage.entries) * stored.itemsize
+    for parameter in model.parameters():
+        if plan.storage is not None and not parameter.requires_grad:
+            parameter.data = parameter.data.to(plan.storage)
+    file_bytes = sum(entry.numel for entry in coverage.entries) * plan.file_dtype.itemsize
     weights, gradients = tensor_bytes(model), gradient_bytes(model)
     optimizer = optimizer_bytes(model, plan.optim)
     adapters = any(isinstance(module, MergedLinear) for module in model.modules())
@@ -164,7 +169,7 @@ def predict(model: PreTrainedModel, coverage: Coverage, plan: Plan) -> Predictio
     checkpoint = gradients + optimizer
     saved = held + checkpoint + (gradients if _saves_with_gradients(plan) else 0)
     train = held + step
-    finish = _finish_bytes(model, coverage, plan, weights + mapped, forward)
+    finish = _finish_bytes(model, coverage, plan, mapped, forward)
     phases = {"load": weights + file_bytes, "train": train, "save": saved, "finish": finish}
     vram = 0
     if plan.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available():
@@ -179,14 +184,22 @@ def predict(model: PreTrainedModel, coverage: Coverage, plan: Plan) -> Predictio
         mapped=mapped,
         phases=phases,
         vram=vram,
-        disk=_disk_bytes(coverage, plan, checkpoint, gradients if adapters else 0),
+        disk=_disk_bytes(model, coverage, plan, checkpoint, gradients),
     )
 
 
-def tensor_bytes(model: nn.Module) -> int:
-    """Parameters and buffers of a model, shared ones once."""
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+def tensor_bytes(model: nn.Module, as_float: int | None = None) -> int:
+    """Parameters and buffers of a model, shared ones once.
+
+    Args:
+        model: any module.
+        as_float: bytes of a parameter's value; None: what it has.
+    """
+    parameters = {id(t): t for t in model.parameters()}.values()
+    buffers = {id(t): t for t in model.buffers()}.values()
+    return sum(p.numel() * (as_float or p.element_size()) for p in parameters) + sum(
+        b.numel() * b.element_size() for b in buffers
+    )
 
 
 def gradient_bytes(model: nn.Module) -> int:
@@ -194,7 +207,7 @@ def gradient_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
-def _replays(model: PreTrainedModel, plan: Plan) -> tuple[int, int, int]:
+def _replays(model: PreTrainedModel, plan: RunPlan) -> tuple[int, int, int]:
     """(peak of a step, its share that no batch size changes, peak of an evaluation's forward)."""
     trainer, small = plan.trainer, Replay(1, 2)
     accumulates = trainer.global_batch_size > trainer.micro_batch_size * (
@@ -222,7 +235,7 @@ def _replays(model: PreTrainedModel, plan: Plan) -> tuple[int, int, int]:
     return *best, replay(model, evaluated)
 
 
-def _saves_with_gradients(plan: Plan) -> bool:
+def _saves_with_gradients(plan: RunPlan) -> bool:
     """Whether a checkpoint is written at a step without a validation, which drops gradients."""
     trainer = plan.trainer
     every = min(trainer.validate_every_steps, plan.max_steps)
@@ -231,25 +244,34 @@ def _saves_with_gradients(plan: Plan) -> bool:
 
 
 def _finish_bytes(
-    model: PreTrainedModel, coverage: Coverage, plan: Plan, trained: int, forward: int
+    model: PreTrainedModel, coverage: Coverage, plan: RunPlan, mapped: int, forward: int
 ) -> int:
-    """Host memory of `qat.finish.finish`, at the larger of its two ends.
+    """Host memory of `qat.finish.finish`, at the largest of its ends.
 
-    Packed rows: trained, original and reloaded model, the packed one beside them. Baselines:
+    Conversion: the trained model and a shard. Packed rows: trained, original and reloaded model,
+    and beside them what is read back: the packed model, the 4-bit one, the merged one. Baselines:
     trained, original, and a third model while its file is read (the fine-tuned one's checkpoint is
-    fp32). Both with the original's logits kept; one batch is evaluated at a time.
+    fp32). The original's logits are kept; one batch is evaluated at a time. Everything is held in
+    fp32 then, but for 4-bit and packed weights.
     """
     full = 4 * sum(entry.numel for entry in coverage.entries)
-    vocab = model.config.get_text_config().vocab_size
-    text = plan.evaluate.max_tokens * vocab * 4
-    kept_logits = text if text <= REFERENCE_BYTES else 0
+    trained = mapped + tensor_bytes(model, as_float=4)
+    file_bytes = full // 4 * plan.file_dtype.itemsize
+    logits = 4 * model.config.get_text_config().vocab_size
+    kept_logits = plan.evaluate.max_tokens * logits
+    if kept_logits > REFERENCE_BYTES:
+        kept_logits = 0
     positions = min(plan.evaluate.batch_size * plan.seq_len, plan.evaluate.max_tokens)
-    batch = max(forward, EVALUATION_LOGITS * 4 * positions * vocab)
-    stored = getattr(model.config, "dtype", None) or torch.float32
-    file_bytes = full if plan.finetunes else full // 4 * stored.itemsize
-    convert = trained + 2 * min(artifact_bytes(coverage), SHARD_BYTES)
-    packed = trained + 2 * full + artifact_bytes(coverage) + batch
-    baselines = trained + 2 * full + max(file_bytes, batch)
+    batch = max(forward, EVALUATION_LOGITS * positions * logits)
+    read_back = artifact_bytes(coverage) + batch
+    if "nf4" in plan.outputs:
+        read_back = max(read_back, trained - mapped + batch)
+    if "merged" in plan.outputs:
+        read_back = max(read_back, full + max(batch, full // 2))
+    reading = 0 if mapped else full if plan.finetunes else file_bytes
+    convert = trained + min(artifact_bytes(coverage), SHARD_BYTES)
+    packed = trained + 2 * full + read_back
+    baselines = trained + 2 * full + max(reading, batch)
     return RUNTIME_BYTES + max(convert, kept_logits + max(packed, baselines))
 
 
@@ -265,18 +287,22 @@ def artifact_bytes(coverage: Coverage) -> int:
     return int(total)
 
 
-def _disk_bytes(coverage: Coverage, plan: Plan, checkpoint: int, adapter: int) -> int:
+def _disk_bytes(
+    model: PreTrainedModel, coverage: Coverage, plan: RunPlan, checkpoint: int, trained: int
+) -> int:
     """The run's directory at its largest.
 
-    That is while a checkpoint replaces an earlier one, both complete; or at the end, when the
-    artifact stands beside the checkpoints.
+    That is while a checkpoint replaces an earlier one, both complete; or at the end, when artifact
+    and outputs stand beside the checkpoints.
     """
-    numel = sum(entry.numel for entry in coverage.entries)
-    baseline = 4 * numel + checkpoint if adapter else checkpoint
-    kept = checkpoint + (baseline if plan.finetunes else 0)
+    outputs = {
+        "adapter": trained,
+        "nf4": tensor_bytes(model, as_float=2) + trained // 2,
+        "merged": 2 * sum(entry.numel for entry in coverage.entries),
+    }
+    written = artifact_bytes(coverage) + sum(outputs[name] for name in plan.outputs)
     replacing = checkpoint if plan.max_steps > plan.trainer.checkpoint_every_steps else 0
-    outputs = artifact_bytes(coverage) + adapter + 2 * numel * plan.extra_models
-    return kept + max(replacing, outputs)
+    return (2 if plan.finetunes else 1) * checkpoint + max(replacing, written)
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -296,7 +322,7 @@ class MemoryMeter:
         self.device: dict[str, int] = {}
         """Growth of the CUDA allocator's memory, bytes; empty without CUDA."""
         gc.collect()
-        self._host_start = psutil.Process().memory_info().rss
+        self._host_start: int = psutil.Process().memory_info().rss
         self._device_start = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
     @contextmanager

@@ -113,7 +113,7 @@ def _dequantized(args: Any, out: Tensor) -> int:
     dequantizes returns its weight, which is counted already.
     """
     leaves = tree_leaves(args)
-    codes = max((t.numel() for t in leaves if isinstance(t, Tensor) and t.dtype == torch.uint8))
+    codes = max(t.numel() for t in leaves if isinstance(t, Tensor) and t.dtype == torch.uint8)
     made = next(dtype for dtype in reversed(leaves) if isinstance(dtype, torch.dtype))
     sizes = {made, out.dtype}
     if 2 * codes <= out.numel() + 1:
@@ -159,7 +159,7 @@ def _train(model: PreTrainedModel, batch: Batch, step: Replay) -> None:
             loss = _loss(model, batch, step.loss_chunk)
         if not step.accumulates:
             model.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     finally:
         _recompute(model, False)
         model.zero_grad()

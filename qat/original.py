@@ -78,7 +78,8 @@ class OriginalWeights:
             for name, module in skeleton.named_modules()
             if any(module is owner for owner in vocabulary)
         }
-        self._added = max(0, rows - skeleton.get_input_embeddings().weight.shape[0])
+        self.added = max(0, rows - skeleton.get_input_embeddings().weight.shape[0])
+        """Rows that the vocabulary has beyond the checkpoint's."""
         self._whole: dict[str, Tensor] = {}
 
     # opened when the first weight is wanted: a dry run needs none, and must not download any
@@ -137,10 +138,10 @@ class OriginalWeights:
     def skeleton(self) -> PreTrainedModel:
         """The model without weights: parameters on the meta device, buffers computed."""
         model = self._empty()
-        if self._added:
+        if self.added:
             embedding: Any = model.get_input_embeddings()
             model.resize_token_embeddings(
-                embedding.weight.shape[0] + self._added, mean_resizing=False
+                embedding.weight.shape[0] + self.added, mean_resizing=False
             )
             model.tie_weights()
         return model
@@ -175,9 +176,9 @@ class OriginalWeights:
             value = layer.weight
         else:
             value = self._whole[source] if self._whole else self._files.get(source)
-        if self._added and name in self._vocabulary:
+        if self.added and name in self._vocabulary:
             mean = value.float().mean(0, keepdim=True).to(value.dtype)
-            value = torch.cat([value, mean.expand(self._added, -1)])
+            value = torch.cat([value, mean.expand(self.added, -1)])
         return value
 
     def packed(self, name: str) -> Linear4bit | None:

@@ -81,6 +81,8 @@ class Report:
     """Identifies the training text."""
     packed: frozenset[str]
     """Rows of models that have the artifact's layout."""
+    data_summary: dict[str, Any] | None = None
+    """What was read of instruction data: format, template, rows left out, packing."""
     nf4: str = ""
     """Result of comparing ``nf4/``, read by plain bitsandbytes and PEFT, with the trained model."""
     adapter: dict[str, Any] | None = None
@@ -126,6 +128,7 @@ class Report:
             "quantization_error_ptq": self.quantization_error_ptq,
             "gain_kept": gain_kept(self.rows) if self.adapter else None,
             "adapter": self.adapter,
+            "instruction_data": self.data_summary,
             "timing": self.timing,
             "peak_memory_bytes": self.peak_memory_bytes,
             "predicted_memory_bytes": self.predicted_memory_bytes,

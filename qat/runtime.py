@@ -48,7 +48,8 @@ def load_packed(
     """The model of an artifact, in eval mode, its quantized layers packed in memory.
 
     Args:
-        artifact: directory with ``config.json`` (holding a ``quantization_config``) and weights.
+        artifact: directory with ``config.json`` (holding a ``quantization_config``) and weights;
+            or the ``nf4/`` of an adapter run, see `qat.adapter_runtime`.
         dtype: dtype of activations and of everything that is kept; float32 is the exact reference.
         device: where the model runs; packed layers cannot be moved later.
 
@@ -58,6 +59,11 @@ def load_packed(
     path = Path(artifact)
     config, quantization = read_artifact_config(path)
     device = torch.device(device)
+    if quantization.get("quant_method") == "bitsandbytes" and (path / "adapter").is_dir():
+        # imported here: an artifact needs neither PEFT nor the adapters' modules
+        from qat.adapter_runtime import load_nf4
+
+        return load_nf4(path, dtype, device)
     try:
         with ExitStack() as stack:
             files = TensorFiles(path, stack)

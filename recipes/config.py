@@ -115,6 +115,8 @@ class AdapterRunConfig(FinetuneConfig):
     min_gain_kept: float | None = 0.9
     """Least share of the training's gain that the artifact must keep, else the run fails; null
     accepts anything."""
+    prompt: str = "Which module defines asyncio.Queue.join?"
+    """Prompt of the sample in the report; with instruction data, a user's turn."""
     outputs: list[Output] | None = None
     """What is written beside the artifact: adapter (PEFT's format), nf4 (the 4-bit base in
     bitsandbytes' format, with the adapter), merged (16 bit). null: adapter, and nf4 where that is

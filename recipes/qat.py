@@ -12,10 +12,10 @@ from qat.compressed_tensors import layout
 from qat.config import to_yaml
 from qat.finish import Result, Stopwatch
 from qat.loggers import Loggers
-from qat.memory import Prediction, predict
+from qat.memory import Prediction, RunPlan, predict
 from qat.models import load_config, load_model, load_tokenizer, meta_model
 from qat.packing import check_packing
-from qat.prepare import KEEP_DTYPES, Coverage, plan, prepare
+from qat.prepare import KEEP_DTYPES, Coverage, prepare
 from qat.rundir import is_rank_zero
 from qat.training import calibrate, fit
 from recipes.common import finish_run, new_data, new_module, own_directory
@@ -34,16 +34,22 @@ def run(config: TrainConfig) -> None:
 
 def foresee(config: TrainConfig) -> tuple[Coverage, Prediction]:
     """Coverage and predicted memory, from shapes alone; raises what the run would raise."""
-    model = meta_model(model_path(config.model))
-    coverage = plan(model, config.scheme)
+    path = model_path(config.model)
+    model = meta_model(path)
+    coverage = prepare(model, config.scheme)
     layout(coverage)
     prediction = predict(
+        model,
         coverage,
-        model.config.get_text_config(),
-        seq_len=config.text.seq_len,
-        trainer=config.trainer,
-        optim=config.optim,
-        checkpoints=2 if config.finetunes else 1,
+        RunPlan(
+            seq_len=config.text.seq_len,
+            max_steps=config.max_steps,
+            trainer=config.trainer,
+            optim=config.optim,
+            file_dtype=load_config(path).dtype or torch.float32,
+            evaluate=config.evaluate,
+            finetunes=config.finetunes,
+        ),
     )
     return coverage, prediction
 

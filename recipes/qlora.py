@@ -26,11 +26,12 @@ from qat.config import to_yaml
 from qat.fake_quant import set_enabled
 from qat.finish import AdapterResult, Result, Stopwatch
 from qat.loggers import Loggers
-from qat.memory import Prediction, predict
+from qat.memory import Prediction, RunPlan, predict
 from qat.models import BITSANDBYTES, load_config, load_model, load_tokenizer
 from qat.original import OriginalWeights
 from qat.packing import check_packing
 from qat.prepare import KEEP_DTYPES, Coverage
+from qat.report import environment
 from qat.rundir import is_rank_zero
 from qat.training import calibrate, fit, training_device
 from recipes.common import finish_run, new_data, new_module, own_directory
@@ -69,13 +70,22 @@ def foresee(config: AdapterRunConfig, original: OriginalWeights) -> tuple[Covera
     """Coverage and predicted memory, from shapes alone; raises what the run would raise."""
     model, coverage = prepare_adapters(original, config.adapter, config.scheme, 0, load=False)
     layout(coverage)
+    keep = KEEP_DTYPES[config.scheme.keep_dtype]
     prediction = predict(
+        model,
         coverage,
-        model.config.get_text_config(),
-        seq_len=config.text.seq_len,
-        trainer=config.trainer,
-        optim=config.optim,
-        checkpoints=2 if config.finetunes else 1,
+        RunPlan(
+            seq_len=config.text.seq_len,
+            max_steps=config.max_steps,
+            trainer=config.trainer,
+            optim=config.optim,
+            file_dtype=original.dtype,
+            evaluate=config.evaluate,
+            finetunes=config.finetunes,
+            storage=torch.float32 if config.trainer.precision == "32-true" else keep,
+            merges=config.merge_share > 0,
+            outputs=tuple(config.written),
+        ),
     )
     return coverage, prediction
 
@@ -88,6 +98,9 @@ def train(config: AdapterRunConfig, directory: Path) -> None:
     watch = Stopwatch()
     with watch.phase("data"):
         data = new_data(config, tokenizer, config.chat)
+        if data.chat is not None:
+            # shipped with the model, so that it is served as it was trained
+            tokenizer.chat_template = data.chat.template.source
     checkpoints = directory / "checkpoints"
     loggers = Loggers(config.logger, config.wandb, directory, asdict(config))
     full = replace(config.adapter, base="16bit", init="default")
@@ -117,7 +130,17 @@ def train(config: AdapterRunConfig, directory: Path) -> None:
         set_enabled(model, True)
         calibrate(model, calibration)
     keep = KEEP_DTYPES[config.scheme.keep_dtype]
-    files = AdapterFiles(model, coverage, original, config.adapter, keep, tokenizer, sha256)
+    provenance = {
+        "recipe": config.recipe,
+        "model": config.model,
+        "data": config.data,
+        "data_fingerprint": data.fingerprint(),
+        "config": asdict(config),
+        "environment": environment(),
+    }
+    files = AdapterFiles(
+        model, coverage, original, config.adapter, keep, tokenizer, sha256, provenance
+    )
     with watch.phase("write"):
         write_outputs(config, files, directory)
     evaluate = config.evaluate
@@ -139,6 +162,8 @@ def train(config: AdapterRunConfig, directory: Path) -> None:
         calibration=calibration,
         data_fingerprint=data.fingerprint(),
         prompt=config.prompt,
+        chat=data.chat is not None,
+        data_summary=data.chat_summary(),
         predicted_memory_bytes=prediction.memory,
         adapters=adapter_result(config, files, directory),
         watch=watch,

@@ -1,4 +1,5 @@
 import re
+from functools import lru_cache
 
 import pytest
 
@@ -52,9 +53,14 @@ def test_held_out_rows_are_about_other_objects(rows):
         assert {corpus.split_of(f"module:{module_of(name)}") for name in others} == {split}
 
 
+@lru_cache
+def modules():
+    return {module for module, _ in corpus.python_sources()}
+
+
 def module_of(name):
     """The longest prefix that is a module of the standard library."""
-    known = {module for module, _ in corpus.python_sources()}
+    known = modules()
     parts = name.split(".")
     return next(
         ".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in known

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import recipes.qat  # noqa: F401  # so that it is frozen below
+import recipes.qat
+import recipes.qlora  # noqa: F401  # both so that they are frozen below
 import train
 from qat.errors import run_main
 from tests.tiny import save_tiny
@@ -44,6 +45,25 @@ RUN_FILES = {
 } | {f"artifact/{name}" for name in ARTIFACT_FILES}
 
 
+ADAPTER_FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "base.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+MODEL_FILES = ARTIFACT_FILES - {"README.md", "manifest.json"}
+ADAPTER_RUN_FILES = (
+    RUN_FILES - {"checkpoints/qat/last.ckpt"}
+    | {"checkpoints/adapter/last.ckpt"}
+    | {f"adapter/{name}" for name in ADAPTER_FILES}
+)
+"""Of a run that ends in the merged form; see `NF4_FILES` for what others have beside it."""
+NF4_FILES = {f"nf4/{name}" for name in MODEL_FILES} | {
+    f"nf4/adapter/{name}" for name in ADAPTER_FILES
+}
+
+
 def write_text(path: Path, documents: int = 300) -> Path:
     """A JSON lines file of documents of one to twenty words (so blocks differ in targets)."""
     words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "wizards"]
@@ -54,13 +74,48 @@ def write_text(path: Path, documents: int = 300) -> Path:
     return path
 
 
+def write_chats(path: Path, conversations: int = 240) -> Path:
+    """A JSON lines file of conversations of one or two turns, 40 to 64 characters each."""
+    words = ["quick", "brown", "jumps", "lazy", "dogs", "while"]
+    rng = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(conversations):
+            messages = []
+            for word in rng.sample(words, rng.randint(1, 2)):
+                messages += [
+                    {"role": "user", "content": word},
+                    {"role": "assistant", "content": f"{word}!"},
+                ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
 def tiny_setup(directory: Path, family: str = "llama", **config: Any) -> list[str]:
     """The words that every run needs; makes the model (``config`` changes its config.json)."""
+    return _words(directory, family, write_text(directory / "text.jsonl"), config)
+
+
+def adapter_setup(directory: Path, family: str = "llama", **config: Any) -> list[str]:
+    """The same for runs that train adapters, with conversations as data.
+
+    Blocks of 32 weights divide every row of the tiny models, so that bitsandbytes reads them
+    rightly on all CPUs. A few steps on a random model gain next to nothing, or lose something: what
+    is kept of it says nothing.
+    """
+    return [
+        *_words(directory, family, write_chats(directory / "chats.jsonl"), config),
+        "adapter.block_size=32",
+        "adapter.rank=4",
+        "adapter.alpha=8",
+        "min_gain_kept=null",
+    ]
+
+
+def _words(directory: Path, family: str, data: Path, config: dict[str, Any]) -> list[str]:
     model = save_tiny(family, directory / "model")
     if config:
         path = model / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | config), "utf-8")
-    data = write_text(directory / "text.jsonl")
     return [
         f"model={model}",
         f"data={data}",

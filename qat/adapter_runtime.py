@@ -1,0 +1,93 @@
+"""Inference on ``nf4/``: the 4-bit base with its adapter, computing what training computed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qat.adapter_files import PREFIX
+from qat.adapters import AdapterConfig, prepare_adapters, trained_rows
+from qat.bitsandbytes_format import spec_of
+from qat.errors import UserError
+from qat.lora import ADAPTER, LoraLinear
+from qat.original import OriginalWeights
+from qat.scheme import Scheme
+
+KEEP_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+def load_nf4(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model of an ``nf4/`` directory, in eval mode; its base stays in 4 bits.
+
+    Args:
+        directory: holds the base, and the adapter in ``adapter/``.
+        dtype: of activations and of what is not 4-bit; fp32 computes what was trained.
+        device: where to.
+
+    Raises:
+        UserError: files are missing or damaged, or the adapter does not belong to the base.
+    """
+    original = OriginalWeights(str(directory))
+    folder = directory / "adapter"
+    try:
+        peft: Any = LoraConfig.from_pretrained(str(folder))
+        stored = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: no adapter can be read ({error})") from error
+    tensors = {name.removeprefix(PREFIX): value for name, value in stored.items()}
+    scheme = Scheme(keep_dtype=KEEP_NAMES[original.dtype], min_coverage=0)  # type: ignore[arg-type]
+    rows = next(iter((peft.trainable_token_indices or {}).values()), [])
+    model, _ = prepare_adapters(
+        original, _config(original, peft), scheme, 0, dtype, device, new_rows=rows
+    )
+    _fill(model, tensors, folder)
+    # the adapter's parameters in the dtype of the activations, as PEFT loads them
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _config(original: OriginalWeights, peft: Any) -> AdapterConfig:
+    """What `prepare_adapters` needs to build the same layers."""
+    assert original.quantization is not None
+    spec = spec_of(original.quantization)
+    targets = peft.target_modules
+    return AdapterConfig(
+        base=spec.quant_type,
+        block_size=spec.block_size,
+        double_quant=spec.double_quant,
+        rank=peft.r,
+        alpha=peft.lora_alpha,
+        targets=[targets] if isinstance(targets, str) else sorted(targets),
+        rslora=peft.use_rslora,
+        dora=peft.use_dora,
+        modules_to_save=sorted(peft.modules_to_save or []),
+    )
+
+
+def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Give the adapter its values; each must have its place, and each place its value."""
+    places: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            places[f"{name}.lora_A.weight"] = module.lora_A[ADAPTER].weight
+            places[f"{name}.lora_B.weight"] = module.lora_B[ADAPTER].weight
+            if module.magnitude is not None:
+                places[f"{name}.lora_magnitude_vector"] = module.magnitude
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith(".original") and parameter.requires_grad:
+            owner, _, leaf = name.removesuffix(".original").rpartition(".parametrizations.")
+            places[f"{owner}.{leaf}"] = parameter
+    for name, rows in trained_rows(model).items():
+        places[f"{name}.token_adapter.trainable_tokens_delta"] = rows.values
+    if places.keys() != tensors.keys():
+        odd = sorted(places.keys() ^ tensors.keys())
+        raise UserError(f"{folder}: does not fit the base; {odd[0]} is on one side only")
+    for name, place in places.items():
+        place.data.copy_(tensors[name])
