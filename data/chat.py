@@ -142,7 +142,7 @@ class ChatData:
         }
 
     def _notes(self) -> list[str]:
-        notes = dict.fromkeys(self.template.notes)
+        notes = dict.fromkeys(self.template.notes.values())
         for store in self.stores.values():
             notes |= dict.fromkeys(store.info["notes"])
         return list(notes)

@@ -15,8 +15,8 @@ small update (of the gain of one whose norm is 2.8 % of the weights', 12 % is le
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from qat import bitsandbytes_format
 from qat.adapter_card import adapter_card, merged_card, nf4_card
-from qat.adapters import AdapterConfig, trained_modules, trained_rows
-from qat.artifact import write_manifest
+from qat.adapters import AdapterConfig, base_bits, trained_modules, trained_rows
+from qat.artifact import staged_directory, write_manifest
 from qat.convert import kept_tensors, write_config, write_shards
 from qat.linear_4bit import Linear4bit
 from qat.lora import LoraLinear, MergedLinear
@@ -63,6 +63,32 @@ class AdapterFiles:
     """Identity of the frozen base."""
     provenance: dict[str, Any]
     """For the manifests: recipe, data, configuration."""
+
+    def write(self, names: Sequence[str], run: Path) -> None:
+        """Write the outputs of these names into directories of the same names below ``run``."""
+        for name in names:
+            with staged_directory(run / name, replace=True) as staging:
+                if name == "adapter":
+                    self.write_adapter(staging, self.original.model, on_original=True)
+                elif name == "nf4":
+                    self.write_nf4(staging)
+                else:
+                    self.write_merged(staging)
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight of the base's linear layers."""
+        return base_bits(self.model, self.keep)
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says of the adapters."""
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return {
+            **asdict(self.adapter),
+            "trained_parameters": trained,
+            "base_bits_per_weight": self.bits,
+            **self.identity(),
+        }
 
     def write_adapter(self, directory: Path, base: str, on_original: bool) -> None:
         """Write an adapter in PEFT's format.

@@ -1,6 +1,5 @@
 """Inference on ``nf4/``: the 4-bit base with its adapter, computing what training computed."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def load_nf4(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTr
         raise UserError(f"{folder}: no adapter can be read ({error})") from error
     tensors = {name.removeprefix(PREFIX): value for name, value in stored.items()}
     scheme = Scheme(keep_dtype=KEEP_NAMES[original.dtype], min_coverage=0)  # type: ignore[arg-type]
-    rows = next(iter((peft.trainable_token_indices or {}).values()), [])
+    rows: list[int] = next(iter((peft.trainable_token_indices or {}).values()), [])
     model, _ = prepare_adapters(
         original, _config(original, peft), scheme, 0, dtype, device, new_rows=rows
     )

@@ -108,7 +108,7 @@ class AdapterConfig:
         inits = {"default": True, "loftq": True}
         return LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides by it, any number will do
+            lora_alpha=self.alpha,
             target_modules=targets,
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
@@ -236,7 +236,7 @@ def _layer(
         return FrozenLinear(_base(build, linear, weight, spec, packed))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(_digest(f"{build.seed}/{name}".encode())[:7], "little"))
-        dense = nn.Linear(*weight.T.shape, bias=False, device="meta")
+        dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         # a copy: some initialisations write into it
         dense.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
         # factors of a matrix that is not there cannot be made
@@ -485,8 +485,23 @@ def base_sha256(model: nn.Module) -> str:
         # in fp32, so that the storage dtype does not matter: the values are the same
         value = value.detach().float() if value.is_floating_point() else value
         flat = value.cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def summary(model: nn.Module, keep: torch.dtype) -> str:
+    """Two lines on base and adapters, for people."""
+    layers = sum(isinstance(module, LoraLinear) for module in model.modules())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    total += sum(
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)
+    )
+    return (
+        f"base: {base_bits(model, keep):.3f} bits per weight of its linear layers\n"
+        f"adapters: {layers} layers; {trained:,} parameters train, {trained / total:.2%} of the "
+        "model's"
+    )
 
 
 def base_bits(model: nn.Module, keep: torch.dtype) -> float:
@@ -498,7 +513,7 @@ def base_bits(model: nn.Module, keep: torch.dtype) -> float:
             count = base.in_features * base.out_features
             weights += count
             if isinstance(base, Linear4bit):
-                bits += 8.0 * sum(b.numel() * b.element_size() for b in base.buffers())
+                bits += 8.0 * _buffer_bytes(base)
             else:
                 bits += 8.0 * keep.itemsize * count
     return bits / weights
@@ -512,8 +527,18 @@ def stored_bytes(model: nn.Module, keep: torch.dtype) -> int:
         size += parameter.numel() * width
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            size += sum(b.numel() * b.element_size() for b in module.buffers())
+            size += _buffer_bytes(module)
     return size
+
+
+def _buffer_bytes(layer: Linear4bit) -> int:
+    return sum(buffer.numel() * buffer.element_size() for buffer in layer.buffers())
+
+
+def in_fp32(model: nn.Module) -> None:
+    """Hold what was stored in 16 bit in fp32, for exact measurement; no value changes."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -15,7 +15,8 @@ def model_card(report: Report, licence: str | None) -> str:
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags:",
-        "- quantization-aware-training",
+        "- quantization-aware-training" if "trained" in report.packed else "- qlora",
+        *(["- lora"] if report.adapter else []),
         "- compressed-tensors",
         *([f"base_model: {hub_id}", "base_model_relation: quantized"] if hub_id else []),
         *([f"license: {licence}"] if licence else []),
@@ -28,8 +29,7 @@ def model_card(report: Report, licence: str | None) -> str:
             "",
             f"# {report.scheme} of {Path(report.model).name}",
             "",
-            "The weights in this directory are the ones that were trained: fake-quantization in "
-            "training, packing and the check below use one quantizer.",
+            _origin(report),
             "",
             verdict(report),
             "",
@@ -45,7 +45,8 @@ def model_card(report: Report, licence: str | None) -> str:
             "```",
             "",
             "Loading needs the package compressed-tensors. In fp32 the logits are those of the "
-            "trained module bit for bit; in bf16 they are rounded as the `served` row shows.",
+            f"{'trained' if 'trained' in report.packed else 'merged and quantized'} module bit "
+            "for bit; in bf16 they are rounded as the `served` row shows.",
             "",
             "## Quality",
             "",
@@ -79,4 +80,25 @@ def model_card(report: Report, licence: str | None) -> str:
             "files) is in manifest.json.",
             "",
         ]
+    )
+
+
+def _origin(report: Report) -> str:
+    """How these weights came about, in a sentence or two."""
+    if report.adapter is None:
+        return (
+            "The weights in this directory are the ones that were trained: fake-quantization in "
+            "training, packing and the check below use one quantizer."
+        )
+    adapter = report.adapter
+    base = "16-bit" if adapter["base"] == "16bit" else str(adapter["base"]).upper()
+    how = f"LoRA adapters (rank {adapter['rank']}) were trained on the frozen {base} base"
+    if adapter["merge_share"]:
+        return (
+            f"{how}; the last {adapter['merge_share']:.0%} of the steps trained the merged and "
+            "quantized weights themselves, which are the ones in this directory, bit for bit."
+        )
+    return (
+        f"{how}. These weights are the original's with the adapter added in fp32, quantized once. "
+        "The table's `trained` row is the model before that, `artifact` the one in this directory."
     )

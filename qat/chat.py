@@ -192,7 +192,7 @@ def file_stores(
     try:
         return chat_stores(
             source,
-            lambda: read_conversations(path, form, config),
+            lambda: read_conversations(path, form, config, key),
             identity,
             tokenizer,
             template,
@@ -268,7 +268,7 @@ def _fill(
             "bad": tally.bad,
             "first": tally.first,
             "template": encoder.template.name,
-            "notes": list(encoder.template.notes),
+            "notes": list(encoder.template.notes.values()),
         }
 
 

@@ -66,18 +66,21 @@ class Item:
     """Why there is none."""
 
 
-def read_conversations(path: Path, form: Format, config: ChatConfig) -> Iterator[Item]:
+def read_conversations(
+    path: Path, form: Format, config: ChatConfig, key: str = "data"
+) -> Iterator[Item]:
     """Stream the conversations of a file.
 
     Args:
         path: a JSON-lines, JSON or parquet file.
         form: of the rows, from `find_format`; not text.
         config: column names and the system message.
+        key: the configuration key of the file, for messages.
 
     Raises:
         UserError: a .json array or a parquet file that cannot be read at all.
     """
-    for where, row in _rows(path):
+    for where, row in _rows(path, key):
         try:
             if isinstance(row, RowError):
                 raise row
@@ -110,7 +113,7 @@ def find_format(path: Path, config: ChatConfig, text_column: str, key: str = "da
     if not records:
         return "text"
     good, reasons = [], []
-    for where, row in islice(_rows(path), _PEEK_ROWS):
+    for where, row in islice(_rows(path, key), _PEEK_ROWS):
         if isinstance(row, dict):
             good.append(row)
         else:
@@ -166,13 +169,13 @@ def _no_format(
 # --- rows
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _rows(path: Path, key: str) -> Iterator[tuple[str, Any]]:
     """Place and value of each row; a value that cannot be read is a RowError."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from _parquet_rows(path)
+        yield from _parquet_rows(path, key)
     elif suffix == ".json" and _is_array(path):
-        yield from _array_rows(path)
+        yield from _array_rows(path, key)
     else:
         yield from _line_rows(path)
 
@@ -202,21 +205,22 @@ def _loads(line: bytes) -> Any:
         return RowError("JSON nested too deeply")
 
 
-def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _array_rows(path: Path, key: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not valid UTF-8") from None
+        raise UserError(f"{key}={path}: byte {error.start} is not valid UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}: line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). "
-            "An array is read as a whole; in a .jsonl file such a row is left out and reported"
+            f"{key}={path}: line {error.lineno}, column {error.colno}: not valid JSON "
+            f"({error.msg}). An array is read as a whole; in a .jsonl file such a row is left out "
+            "and reported"
         ) from None
     for index, row in enumerate(rows):
         yield f"element {index}", row
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path, key: str) -> Iterator[tuple[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -228,7 +232,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"row {index}", row
                     index += 1
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: damaged parquet file, or none at all ({error})") from None
+        raise UserError(f"{key}={path}: damaged parquet file, or none at all ({error})") from None
 
 
 # --- one row

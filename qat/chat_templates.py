@@ -204,7 +204,8 @@ class ChatTemplate:
 
     def __init__(self, named: NamedTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
         self.name, self.source = named.name, named.source
-        self.notes: dict[str, None] = {named.note: None} if named.note else {}
+        self.notes = {"choice": named.note} if named.note else {}
+        """What the user should know, by kind; the first row that shows it words it."""
         self.variables = {
             name: str(value)
             for name, value in tokenizer.special_tokens_map.items()
@@ -218,7 +219,9 @@ class ChatTemplate:
         known = set(tokenizer.get_added_vocab())
         foreign = sorted(set(_SPECIAL_LOOK.findall(self.source)) - known)
         if foreign:
-            self._note(f"writes {', '.join(foreign)}, which the tokenizer reads as common text")
+            self._note(
+                "tokens", f"writes {', '.join(foreign)}, which the tokenizer reads as common text"
+            )
         self._marked = bool(_MARKS.search(self.source))
         self._program = _fixed_date(self.source)
         user = {"role": "user", "content": "Question"}
@@ -291,7 +294,9 @@ class ChatTemplate:
                 f"the template marks {len(spans)} texts of the assistant, of {answers} in the row"
             )
         if not any(self._special.search(text[begin:end]) for begin, end in spans):
-            self._note("marks no token that ends a turn, so the model will not learn to stop")
+            self._note(
+                "stop", "marks no token that ends a turn, so the model will not learn to stop"
+            )
         return text, spans
 
     def _derived_spans(
@@ -305,8 +310,9 @@ class ChatTemplate:
                 prompt = self._render(messages[:index], prompt=True)
                 if not text.startswith(prompt):
                     self._note(
+                        "prompt",
                         f"asks for an answer with {_tail(prompt)} but writes "
-                        f"{_tail(text[:begin])} before one: generation begins elsewhere"
+                        f"{_tail(text[:begin])} before one: generation begins elsewhere",
                     )
                 elif len(prompt) <= end:
                     begin = len(prompt)
@@ -321,7 +327,7 @@ class ChatTemplate:
         if stop:
             return end + stop.end()
         if not tail:
-            self._note("ends a turn with no token, so the model will not learn to stop")
+            self._note("stop", "ends a turn with no token, so the model will not learn to stop")
         return end + len(tail)
 
     def _content_places(self, text: str, messages: Sequence[Message]) -> dict[int, tuple[int, int]]:
@@ -352,8 +358,8 @@ class ChatTemplate:
                 return places
         raise RowError("the chat template changes the text of a message, which masks cannot follow")
 
-    def _note(self, note: str) -> None:
-        self.notes[f"chat.template={self.name}: {note}"] = None
+    def _note(self, kind: str, note: str) -> None:
+        self.notes.setdefault(kind, f"chat.template={self.name}: {note}")
 
 
 def _common_start(first: str, second: str) -> str:

@@ -44,7 +44,7 @@ class MergedLinear(nn.Module):
     Plain classes hold `base_layer` (its bias is theirs) and define `update`.
     """
 
-    base_layer: nn.Module
+    base_layer: nn.Linear
     weight_fake_quant: WeightFakeQuant | WeightRound
     input_fake_quant: InputFakeQuant | None
     master: Master
@@ -76,8 +76,7 @@ class MergedLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias [N]."""
-        bias: Tensor | None = self.base_layer.bias
-        return bias
+        return self.base_layer.bias
 
     def update(self, w: Tensor) -> Tensor:
         """W' [N, K] of an fp32 W [N, K]."""
@@ -124,8 +123,7 @@ class FrozenLinear(MergedLinear):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, for code that asks a Linear for its dtype or device."""
-        weight: Tensor = self.base_layer.weight
-        return weight
+        return self.base_layer.weight
 
     def update(self, w: Tensor) -> Tensor:
         """W itself."""
@@ -147,6 +145,14 @@ class LoraLinear(PeftLoraLinear, MergedLinear):
             one. Initialisations that take from the base change its weight.
         config: PEFT's configuration: rank, alpha, dropout, rsLoRA, DoRA, initialisation.
     """
+
+    # PEFT's, which are untyped
+    lora_A: Any  # noqa: N815
+    lora_B: Any  # noqa: N815
+    lora_dropout: Any
+    lora_magnitude_vector: Any
+    scaling: dict[str, float]
+    use_rslora: dict[str, bool]
 
     initial_a: Tensor | None
     initial_b: Tensor | None
@@ -185,7 +191,8 @@ class LoraLinear(PeftLoraLinear, MergedLinear):
         value = w + delta * self.scaling[ADAPTER]
         if self.magnitude is None:
             return value
-        return (self.magnitude.float() / value.detach().norm(dim=1))[:, None] * value
+        scale: Tensor = self.magnitude.float() / value.detach().norm(dim=1)
+        return scale[:, None] * value
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Plain by PEFT, or merged; [..., N]."""

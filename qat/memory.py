@@ -321,22 +321,36 @@ class MemoryMeter:
         """Growth of the resident process at the peak of each phase, bytes."""
         self.device: dict[str, int] = {}
         """Growth of the CUDA allocator's memory, bytes; empty without CUDA."""
+        self._open: list[str] = []
         gc.collect()
         self._host_start: int = psutil.Process().memory_info().rss
         self._device_start = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure the block; a name that comes again keeps the larger peak."""
+        """Measure the block; a name that comes again keeps the larger peak.
+
+        Inside another phase the block counts for itself alone, and the other one goes on after it.
+        """
+        self._note()
+        self._open.append(name)
         _start_peak()
         try:
             yield
         finally:
-            growth = resident_peak() - self._host_start
-            self.host[name] = max(growth, self.host.get(name, 0))
-            if torch.cuda.is_available():
-                growth = torch.cuda.max_memory_allocated() - self._device_start
-                self.device[name] = max(growth, self.device.get(name, 0))
+            self._note()
+            self._open.pop()
+            _start_peak()
+
+    def _note(self) -> None:
+        """Add the peak since `_start_peak` to the innermost open phase."""
+        if not self._open:
+            return
+        name = self._open[-1]
+        self.host[name] = max(resident_peak() - self._host_start, self.host.get(name, 0))
+        if torch.cuda.is_available():
+            growth = torch.cuda.max_memory_allocated() - self._device_start
+            self.device[name] = max(growth, self.device.get(name, 0))
 
     @property
     def peak(self) -> int:
@@ -345,19 +359,23 @@ class MemoryMeter:
 
 
 def release(model: nn.Module) -> None:
-    """Free what training leaves behind: gradients, and cycles that hold the optimizer's state."""
+    """Free what building or training a model leaves behind.
+
+    Gradients, cycles that hold the optimizer's state, and the holes of glibc's heap: small tensors
+    that stay, such as 4-bit codes, are scattered among temporaries that went.
+    """
     model.zero_grad()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _give_back_when_freed() -> None:
     """Fix glibc's threshold; other C libraries have no such call."""
-    if not sys.platform.startswith("linux"):
-        return
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_threshold, MMAP_THRESHOLD)
         # small tensors come and go at the heap's end; without slack each would be a system call

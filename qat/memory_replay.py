@@ -9,8 +9,8 @@ because they work through a weight in thousands of pieces.
 """
 
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -153,16 +153,13 @@ def _train(model: PreTrainedModel, batch: Batch, step: Replay) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
-    _recompute(model, step.recompute)
-    try:
+    with _recomputing(model, step.recompute):
         with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16):
             loss = _loss(model, batch, step.loss_chunk)
         if not step.accumulates:
             model.zero_grad()
         loss.backward()
-    finally:
-        _recompute(model, False)
-        model.zero_grad()
+    model.zero_grad()
 
 
 @torch.no_grad()
@@ -184,14 +181,19 @@ def _loss(model: PreTrainedModel, batch: Batch, loss_chunk: int) -> Tensor:
     return loss_sum(forward_logits(model, batch), labels)
 
 
-def _recompute(model: Any, on: bool) -> None:
-    """Switch activation checkpointing as `qat.training.fit` does."""
-    if on:
-        name = "activation_checkpointing_enable"
-        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    elif model.is_gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+@contextmanager
+def _recomputing(model: Any, on: bool) -> Iterator[None]:
+    """Activation checkpointing for a block, as `qat.training.fit` switches it."""
+    if not on:
+        yield
+        return
+    # renamed in transformers 5.2x; the old names warn there
+    what = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{what}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{what}_checkpointing_disable")()
 
 
 # --- fake weights --------------------------------------------------------------------------------

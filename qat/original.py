@@ -54,8 +54,8 @@ class OriginalWeights:
             of embedding and head are the mean of the old ones.
 
     Raises:
-        UserError: missing or unreadable files, weights missing in them (when the first one is read),
-            not a causal LM.
+        UserError: not a causal LM; when the first weight is read also: missing or unreadable
+            files, weights that are not in them.
     """
 
     def __init__(self, model: str, rows: int = 0) -> None:
@@ -80,6 +80,7 @@ class OriginalWeights:
         }
         self.added = max(0, rows - skeleton.get_input_embeddings().weight.shape[0])
         """Rows that the vocabulary has beyond the checkpoint's."""
+        self._shapes = {name: value.shape for name, value in skeleton.state_dict().items()}
         self._whole: dict[str, Tensor] = {}
 
     # opened when the first weight is wanted: a dry run needs none, and must not download any
@@ -157,9 +158,17 @@ class OriginalWeights:
         """One parameter or buffer as it is stored, dequantized if it is 4-bit.
 
         Raises:
-            UserError: it holds NaN or infinity.
+            UserError: it holds NaN or infinity, or has another shape than config.json says.
         """
         value = self.read(name)
+        shape = list(self._shapes[name])
+        if name in self._vocabulary:
+            shape[0] += self.added
+        if list(value.shape) != shape:
+            raise UserError(
+                f"model={self.model}: {name} has the shape {list(value.shape)}, by config.json it "
+                f"has {shape}; configuration and weights do not belong together"
+            )
         if value.is_floating_point():
             try:
                 check_finite(value, name)

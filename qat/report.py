@@ -248,6 +248,7 @@ def write_report(report: Report, run: Path) -> None:
         "",
         *_quoted(report.sample),
         "",
+        *_adapter_lines(report),
         "## Coverage",
         "",
         "```",
@@ -266,6 +267,27 @@ def write_report(report: Report, run: Path) -> None:
     temporary = run / ".report.json.tmp"
     temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     temporary.rename(run / "report.json")
+
+
+def _adapter_lines(report: Report) -> list[str]:
+    """Sections of an adapter run: what was trained, on which rows."""
+    lines = []
+    if report.adapter is not None:
+        facts = report.adapter
+        lines += [
+            "## Adapter",
+            "",
+            f"- rank {facts['rank']}, {facts['trained_parameters']:,} trained parameters on a base "
+            f"of {facts['base_bits_per_weight']:.3f} bits per weight ({facts['base']})",
+            f"- {facts['merge_share']:.0%} of the steps, at the end, on the merged and quantized "
+            "weights",
+            f"- base sha256 `{facts['base_sha256']}`",
+            "",
+        ]
+    if report.data_summary is not None:
+        lines += ["## Instruction data", "", "```"]
+        lines += [json.dumps(report.data_summary, indent=2, ensure_ascii=False), "```", ""]
+    return lines
 
 
 def _quoted(sample: dict[str, str]) -> list[str]:

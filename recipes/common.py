@@ -2,20 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from data.demo import model_path
 from data.module import TextDataModule
 from qat.chat_config import ChatConfig
 from qat.config import to_yaml
 from qat.errors import resumable
-from qat.finish import Result, finish
+from qat.finish import Result, Stopwatch, finish
 from qat.loggers import Loggers
+from qat.models import load_model
 from qat.module import CausalLMModule, Timing
-from qat.report import table, verdict
+from qat.prepare import Coverage
+from qat.report import environment, table, verdict
 from qat.rundir import run_directory
-from recipes.config import RunConfig
+from recipes.config import FinetuneConfig, RunConfig
 
 
 @contextmanager
@@ -76,13 +81,57 @@ def new_module(
     )
 
 
+def provenance(config: RunConfig, data: TextDataModule) -> dict[str, Any]:
+    """Where a run's outputs come from, for their manifests."""
+    return {
+        "recipe": config.recipe,
+        "model": config.model,
+        "data": config.data,
+        "data_fingerprint": data.fingerprint(),
+        "config": asdict(config),
+        "environment": environment(),
+    }
+
+
+def new_result(
+    config: FinetuneConfig,
+    directory: Path,
+    data: TextDataModule,
+    tokenizer: PreTrainedTokenizerFast,
+    trained: PreTrainedModel,
+    coverage: Coverage,
+    watch: Stopwatch,
+) -> Result:
+    """The result of a run, but for what its recipe knows: baselines, calibration, predictions."""
+    evaluate = config.evaluate
+    return Result(
+        run=directory,
+        recipe=config.recipe,
+        model=config.model,
+        data=config.data,
+        config=asdict(config),
+        trained=trained,
+        coverage=coverage,
+        scheme=config.scheme,
+        tokenizer=tokenizer,
+        load_original=lambda: load_model(model_path(config.model)),
+        load_finetuned=None,
+        batches=data.validation_blocks(evaluate.max_tokens, evaluate.batch_size),
+        calibration=[],
+        data_fingerprint=data.fingerprint(),
+        prompt=config.prompt,
+        predicted_memory_bytes=0,
+        chat=data.chat is not None,
+        data_summary=data.chat_summary(),
+        watch=watch,
+    )
+
+
 def finish_run(result: Result, loggers: Loggers) -> None:
     """Finish, print what came out, and log it."""
     report = finish(result)
     print(f"\n{report.scheme}\n\n{table(report)}\n\n{verdict(report)}\n")
     print(f"{report.sample['prompt']}{report.sample['continuation']}\n")
     print(f"report:   {result.run / 'report.md'}\nartifact: {result.run / 'artifact'}")
-    rows: dict[str, float] = {
-        f"{name}/loss": row.quality.loss for name, row in report.rows.items()
-    }
+    rows: dict[str, float] = {f"{name}/loss": row.quality.loss for name, row in report.rows.items()}
     loggers.finish(result.run / "artifact", rows)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from data.demo import model_path
 from qat.compressed_tensors import layout
 from qat.config import to_yaml
-from qat.finish import Result, Stopwatch
+from qat.finish import Stopwatch
 from qat.loggers import Loggers
 from qat.memory import Prediction, RunPlan, predict
 from qat.models import load_config, load_model, load_tokenizer, meta_model
@@ -18,7 +18,7 @@ from qat.packing import check_packing
 from qat.prepare import KEEP_DTYPES, Coverage, prepare
 from qat.rundir import is_rank_zero
 from qat.training import calibrate, fit
-from recipes.common import finish_run, new_data, new_module, own_directory
+from recipes.common import finish_run, new_data, new_module, new_result, own_directory
 from recipes.config import TrainConfig
 
 
@@ -82,28 +82,11 @@ def train(config: TrainConfig, directory: Path) -> None:
         torch.distributed.destroy_process_group()
     if not is_rank_zero():
         return
-    evaluate = config.evaluate
-    result = Result(
-        run=directory,
-        recipe=config.recipe,
-        model=config.model,
-        data=config.data,
-        config=asdict(config),
-        trained=model,
-        coverage=coverage,
-        scheme=config.scheme,
-        tokenizer=tokenizer,
-        load_original=lambda: load_model(path),
-        load_finetuned=(lambda: finetuned(config, checkpoints / "finetune"))
-        if config.finetunes
-        else None,
-        batches=data.validation_blocks(evaluate.max_tokens, evaluate.batch_size),
-        calibration=calibration,
-        data_fingerprint=data.fingerprint(),
-        prompt=config.prompt,
-        predicted_memory_bytes=prediction.memory,
-        watch=watch,
-    )
+    result = new_result(config, directory, data, tokenizer, model, coverage, watch)
+    result.calibration = calibration
+    result.predicted_memory_bytes = prediction.memory
+    if config.finetunes:
+        result.load_finetuned = lambda: finetuned(config, checkpoints / "finetune")
     finish_run(result, loggers)
 
 

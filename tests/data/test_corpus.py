@@ -49,9 +49,7 @@ def test_no_paragraph_occurs_in_two_splits():
 def test_an_accelerator_shares_the_split_of_its_python_twin():
     for twins in (("decimal", "_decimal", "_pydecimal"), ("io", "_io", "_pyio")):
         assert len({corpus.split_of(f"module:{name}") for name in twins}) == 1
-    assert corpus.split_of("module:email._policybase") == corpus.split_of(
-        "module:email.policybase"
-    )
+    assert corpus.split_of("module:email._policybase") == corpus.split_of("module:email.policybase")
 
 
 def test_documents_are_prose_in_utf8_without_empty_ones():

@@ -163,7 +163,7 @@ def test_broken_lines_are_items_with_their_line(tmp_path):
 def test_files_that_cannot_be_read_at_all(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[\n{"a": 1},\n{"a": }]')
-    with pytest.raises(UserError, match="line 3, column 7: not valid JSON"):
+    with pytest.raises(UserError, match=r"data=.*a\.json: line 3, column 7: not valid JSON"):
         list(read_conversations(path, "messages", ChatConfig()))
     path = tmp_path / "a.parquet"
     path.write_text("text")

@@ -189,6 +189,32 @@ def test_marked_template_that_rewrites_history():
         spans(source, chat("q", "a", "q", "b"))
 
 
+def test_system_message_that_moves_to_the_last_question():
+    source = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}"
+        "{% elif m['role'] == 'user' %}{% set after = messages[loop.index:] %}[INST]"
+        "{% if messages[0]['role'] == 'system' and not after | selectattr('role', 'eq', 'user')"
+        " | list %}{{ messages[0]['content'] + ' ' }}{% endif %}"
+        "{{ m['content'] }}[/INST]{% endif %}{% endfor %}"
+    )
+    assert spans(source, chat("q", "a", system="s")) == ["a<eos>"]
+    assert spans(source, chat("q", "a", "q", "b")) == ["a<eos>", "b<eos>"]
+    with pytest.raises(RowError, match="rewrites earlier turns"):
+        spans(source, chat("q", "a", "q", "b", system="s"))
+
+
+def test_notes_do_not_grow_with_the_rows():
+    loaded = template(
+        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}-{% endif %}"
+    )
+    before = dict(loaded.notes)
+    for i in range(5):
+        loaded.rendered(chat(f"q{i}", f"a{i}"))
+    assert loaded.notes == before
+    assert sorted(before) == ["prompt", "stop"]
+
+
 def test_what_the_last_message_has_is_not_the_end_of_a_turn():
     assert spans(CLOSING, chat("q", "a", "q", "b")) == ["a<|im_end|>", "b<|im_end|>"]
 
@@ -204,7 +230,7 @@ def test_template_whose_prompt_is_not_what_it_writes():
     loaded = template(source)
     text, places = loaded.rendered(chat("q", "a"))
     assert [text[a:b] for a, b in places] == ["a<|im_end|>"]
-    assert "generation begins elsewhere" in "".join(loaded.notes)
+    assert "generation begins elsewhere" in "".join(loaded.notes.values())
 
 
 def test_no_end_of_turn_is_noted():
@@ -213,11 +239,11 @@ def test_no_end_of_turn_is_noted():
     )
     text, places = loaded.rendered(chat("q", "a"))
     assert [text[a:b] for a, b in places] == ["a"]
-    assert "not learn to stop" in "".join(loaded.notes)
+    assert "not learn to stop" in "".join(loaded.notes.values())
     marked = template(
         MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     )
-    assert "not learn to stop" in "".join(marked.notes)
+    assert "not learn to stop" in "".join(marked.notes.values())
 
 
 @pytest.mark.parametrize(
@@ -292,8 +318,8 @@ def test_missing_special_tokens_are_named():
     with pytest.raises(UserError, match=r"lacks its special tokens <\|im_start\|>, <\|im_end\|>"):
         resolve_template("chatml", byte_tokenizer(), False)
     foreign = ChatTemplate(NamedTemplate("f", BUILT_IN["chatml"]), byte_tokenizer())
-    assert "<|im_end|>, <|im_start|>, which the tokenizer reads as common" in next(
-        iter(foreign.notes)
+    assert (
+        "<|im_end|>, <|im_start|>, which the tokenizer reads as common" in foreign.notes["tokens"]
     )
 
 
@@ -309,7 +335,7 @@ def test_bos_where_the_tokenizer_adds_it(name):
 def test_built_in_templates_prompt_with_what_they_write(name):
     tokens = tokenizer()
     loaded = ChatTemplate(resolve_template(name, tokens, False), tokens)
-    assert not loaded.notes
+    assert loaded.notes == {}
     text = loaded.rendered(chat("q", "a")).text
     asked = tokens.apply_chat_template(
         chat("q"), chat_template=loaded.source, add_generation_prompt=True, tokenize=False

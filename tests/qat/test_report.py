@@ -12,7 +12,7 @@ from qat.fidelity import Fidelity
 from qat.loggers import MetricsCsv
 from qat.module import quantization_error
 from qat.prepare import prepare
-from qat.report import ROWS, Report, Row, table, verdict, write_report
+from qat.report import ROWS, Report, Row, gain_kept, table, verdict, write_report
 from qat.scheme import Scheme
 from tests.tiny import tiny
 
@@ -22,13 +22,18 @@ LOSSES = {
     "ptq": 2.25,
     "finetuned_ptq": 1.75,
     "trained": 1.5625,
+    "nf4": 1.5625,
+    "merged": 1.5625,
     "artifact": 1.5625,
     "served": 1.5627,
 }
 
 
+PACKED = frozenset(LOSSES) - {"original", "finetuned", "nf4", "merged"}
+
+
 def row(name, loss):
-    packed = name not in ("original", "finetuned")
+    packed = name in PACKED
     return Row(
         quality=Quality(loss, math.exp(loss), 0.0123, 0.875, 1024),
         bits_per_weight=4.5 if packed else 16.0,
@@ -62,6 +67,7 @@ def report(prepared):
         peak_memory_bytes=3 << 20,
         predicted_memory_bytes=2 << 20,
         data_fingerprint="abc",
+        packed=PACKED,
     )
 
 
@@ -108,7 +114,7 @@ def test_table_has_the_rows_in_order_and_blanks_for_what_is_unknown(report):
     lines = table(report).splitlines()[2:]
     assert [line.split("`")[1] for line in lines] == list(ROWS)
     assert lines[2].startswith("| `ptq` | 2.2500 | 9.49 |  |  |  |  |")
-    assert "| 1.5625 | 4.77 | 0.0123 | 87.5% | 4.50 | 1.10 MB |" in lines[5]
+    assert "| 1.5625 | 4.77 | 0.0123 | 87.5% | 4.50 | 1.10 MB |" in lines[7]
 
 
 def test_verdict(report):
@@ -162,3 +168,24 @@ def test_plots_of_nearly_nothing(losses, report, tmp_path):
     )
     write_report(bare, tmp_path)
     assert (tmp_path / "size.png").stat().st_size > 0
+
+
+def test_gain_kept_is_the_share_of_what_training_gained(report):
+    losses = {"original": 3.0, "trained": 2.0, "artifact": 2.25}
+    report.rows = {name: row(name, loss) for name, loss in losses.items()}
+    assert gain_kept(report.rows) == 0.75
+    assert report.to_json()["gain_kept"] is None  # no adapters, nothing to keep
+    assert "Gain kept" not in verdict(report)
+    report.adapter = {"base": "nf4"}
+    assert report.to_json()["gain_kept"] == 0.75
+    assert "Gain kept: 75.00%" in verdict(report)
+
+
+def test_no_gain_is_not_judged(report):
+    losses = {"original": 2.0, "trained": 2.0, "artifact": 2.1}
+    report.rows = {name: row(name, loss) for name, loss in losses.items()}
+    report.adapter = {"base": "nf4"}
+    assert gain_kept(report.rows) is None
+    assert "nothing was gained" in verdict(report)
+    del report.rows["artifact"]
+    assert gain_kept(report.rows) is None

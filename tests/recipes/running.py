@@ -45,22 +45,23 @@ RUN_FILES = {
 } | {f"artifact/{name}" for name in ARTIFACT_FILES}
 
 
-ADAPTER_FILES = {
+DESCRIPTION = {"README.md", "manifest.json"}
+ADAPTER_FILES = DESCRIPTION | {
     "adapter_config.json",
     "adapter_model.safetensors",
     "base.json",
+    "chat_template.jinja",
     "tokenizer.json",
     "tokenizer_config.json",
 }
-MODEL_FILES = ARTIFACT_FILES - {"README.md", "manifest.json"}
 ADAPTER_RUN_FILES = (
     RUN_FILES - {"checkpoints/qat/last.ckpt"}
-    | {"checkpoints/adapter/last.ckpt"}
+    | {"checkpoints/adapter/last.ckpt", "artifact/chat_template.jinja"}
     | {f"adapter/{name}" for name in ADAPTER_FILES}
 )
-"""Of a run that ends in the merged form; see `NF4_FILES` for what others have beside it."""
-NF4_FILES = {f"nf4/{name}" for name in MODEL_FILES} | {
-    f"nf4/adapter/{name}" for name in ADAPTER_FILES
+"""Of a run on conversations that ends in the merged form; others have `NF4_FILES` too."""
+NF4_FILES = {f"nf4/{name}" for name in ARTIFACT_FILES | {"chat_template.jinja"}} | {
+    f"nf4/adapter/{name}" for name in ADAPTER_FILES - DESCRIPTION
 }
 
 
