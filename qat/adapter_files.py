@@ -99,7 +99,9 @@ class AdapterFiles:
             on_original: for the original model, else for the base that it was trained on.
         """
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, LoraLinear)}
-        config = self.adapter.peft(_short(self.model, list(layers)))
+        names = _short(self.model, list(layers))
+        config = self.adapter.peft(names)
+        config.target_modules = names  # PEFT made a set of it, whose order varies
         config.base_model_name_or_path = base
         config.inference_mode = True
         config.init_lora_weights = True  # else readers would compute it again from their base
@@ -233,7 +235,9 @@ def _short(model: PreTrainedModel, names: list[str]) -> list[str]:
     others = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in names and name.rpartition(".")[2] in leaves
+        if isinstance(module, nn.Linear | MergedLinear)
+        and name not in names
+        and name.rpartition(".")[2] in leaves
     ]
     return names if others else leaves
 

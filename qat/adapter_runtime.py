@@ -55,7 +55,12 @@ def load_nf4(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTr
 def _config(original: OriginalWeights, peft: Any) -> AdapterConfig:
     """What `prepare_adapters` needs to build the same layers."""
     assert original.quantization is not None
-    spec = spec_of(original.quantization)
+    spec_of(original.quantization)  # raises if it is not 4-bit
+    held = (original.packed(name) for name, _ in original.skeleton().named_parameters())
+    # the block size stands beside the weights, not in config.json
+    spec = next((layer.spec for layer in held if layer is not None), None)
+    if spec is None:
+        raise UserError(f"{original.model}: no 4-bit weight in it, which its config.json promises")
     targets = peft.target_modules
     return AdapterConfig(
         base=spec.quant_type,

@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -210,12 +211,11 @@ class _Master:
     def __init__(self, original: OriginalWeights, name: str, layer: MergedLinear) -> None:
         self.original = original
         self.name = name
-        self.base = layer.base_layer
+        base, packed = layer.base_layer, original.quantization is not None
+        self.packed = base if isinstance(base, Linear4bit) and packed else None
 
     def __call__(self) -> Tensor:
-        if isinstance(self.base, Linear4bit) and self.original.quantization is not None:
-            return self.base.weight
-        return self.original.read(self.name)
+        return self.original.read(self.name) if self.packed is None else self.packed.weight
 
 
 def _layer(
@@ -228,6 +228,13 @@ def _layer(
         weight = build.original[weight_name].to(build.device)
     spec = None if is_head else build.adapter.spec()
     packed = build.original.packed(weight_name) if build.load and spec else None
+    if packed is not None and packed.spec != spec:
+        held = packed.spec
+        raise UserError(
+            f"model={build.original.model}: {name} is 4-bit already, and not as the base shall be "
+            f"({spec}). Give adapter.base={held.quant_type} adapter.block_size={held.block_size} "
+            f"adapter.double_quant={str(held.double_quant).lower()}, or the 16-bit model"
+        )
     if linear.bias is not None and build.load:
         # frozen, so already as it will be shipped
         bias = build.original[f"{name}.bias"].to(build.device, build.keep).to(build.storage)
@@ -389,9 +396,11 @@ def target_names(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
             leaves = sorted({name.rpartition(".")[2] for name in linears})
             near = nearest(target, [*leaves, *linears])
             hint = f" Did you mean {near!r}?" if near else ""
+            other = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)}
+            leaves = leaves or [f"none, only {', '.join(sorted(other - {'Linear'}))}"]
             raise UserError(
                 f"adapter.targets: {target!r} selects no plain nn.Linear of this model.{hint} "
-                f"There are: {', '.join(leaves) or 'none'} (wildcards * and ? are allowed)"
+                f"There are: {', '.join(leaves)} (wildcards * and ? are allowed)"
             )
         chosen.update(dict.fromkeys(found))
     return list(chosen)
@@ -477,10 +486,23 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
+def _merged_onto(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of the weights on disk that adapters are merged onto, one at a time."""
+    for name, module in model.named_modules():
+        if isinstance(module, MergedLinear):
+            master = module.master
+            if not (isinstance(master, _Master) and master.packed is not None):
+                yield f"{name}.master", master()
+
+
 def base_sha256(model: nn.Module) -> str:
-    """Identity of the frozen base: sha256 (hex) over names, dtypes and bytes of its tensors."""
+    """Identity of the frozen base: sha256 (hex) over names, shapes and bytes of its tensors.
+
+    The original weights belong to it: rounding to 4 bits hides small differences between them,
+    and the merge at the end does not.
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(_frozen(model)):
+    for name, value in chain(sorted(_frozen(model)), _merged_onto(model)):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         # in fp32, so that the storage dtype does not matter: the values are the same
         value = value.detach().float() if value.is_floating_point() else value

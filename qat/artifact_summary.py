@@ -19,6 +19,11 @@ PARTS = (
 """Last components of the names that compressed-tensors writes for one layer."""
 COUNTED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale")
 """What bits per weight counts, beside `weight` where codes are stored unpacked."""
+BITSANDBYTES = re.compile(
+    r"(.+)\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state)"
+    r"(?:\.bitsandbytes__\w+)?"
+)
+"""Names that bitsandbytes writes beside the codes, which are ``weight``."""
 
 
 Stored = tuple[Path, TensorEntry]
@@ -105,14 +110,15 @@ def _scheme(quantization: dict[str, Any]) -> list[str]:
     if not quantization:
         return ["scheme        not quantized"]
     method = quantization.get("quant_method", "unknown")
-    lines = [f"scheme        {method}, format {quantization.get('format', 'unknown')}"]
+    kind = quantization.get("format") or quantization.get("bnb_4bit_quant_type", "unknown")
+    lines = [f"scheme        {method}, format {kind}"]
     for group in (quantization.get("config_groups") or {}).values():
         targets = ", ".join(group.get("targets") or ["?"])
         lines.append(f"              {targets}: {_describe('weights', group.get('weights'))}")
         if group.get("input_activations"):
             inputs = _describe("inputs", group["input_activations"])
             lines.append(f"              {' ' * len(targets)}  {inputs}")
-    ignored = quantization.get("ignore") or []
+    ignored = quantization.get("ignore") or quantization.get("llm_int8_skip_modules") or []
     if ignored:
         more = f" and {len(ignored) - 8} more" if len(ignored) > 8 else ""
         lines.append(f"kept          {', '.join(ignored[:8])}{more}")
@@ -144,14 +150,34 @@ def _rows(directory: Path, quantization: dict[str, Any]) -> list[Row]:
         except BrokenHeader as error:
             raise UserError(f"{path}: {error}") from error
         for entry in entries:
-            prefix, _, part = entry.name.rpartition(".")
-            name, part = (prefix, part) if part in PARTS else (entry.name, "weight")
+            name, part = _layer_and_part(entry.name)
             layers.setdefault(name, {})[part] = (path, entry)
     return [_row(name, parts, quantization) for name, parts in layers.items()]
 
 
+def _layer_and_part(tensor: str) -> tuple[str, str]:
+    match = BITSANDBYTES.fullmatch(tensor)
+    if match:
+        return match[1], match[2]
+    prefix, _, part = tensor.rpartition(".")
+    return (prefix, part) if part in PARTS else (tensor, "weight")
+
+
+def _row_4bit(name: str, parts: dict[str, Stored], total: int) -> Row:
+    """A layer in bitsandbytes' serialization; its shape and block size lie in a JSON tensor."""
+    state = json.loads(_raw(*parts["quant_state"]))
+    shape = tuple(state["shape"])
+    counted = sum(
+        parts[part][1].nbytes for part in ("weight", "absmax", "nested_absmax") if part in parts
+    )
+    blocks = str(state["blocksize"])
+    return Row(name, shape, state["quant_type"], blocks, math.prod(shape), counted, total)
+
+
 def _row(name: str, parts: dict[str, Stored], quantization: dict[str, Any]) -> Row:
     total = sum(entry.nbytes for _, entry in parts.values())
+    if "quant_state" in parts:
+        return _row_4bit(name, parts, total)
     _, codes = parts.get("weight_packed") or parts.get("weight") or next(iter(parts.values()))
     if "weight_scale" not in parts or codes is parts["weight_scale"][1]:
         return Row(name, codes.shape, codes.dtype, "-", codes.numel, 0, total)
@@ -172,10 +198,14 @@ def _row(name: str, parts: dict[str, Stored], quantization: dict[str, Any]) -> R
     return Row(name, shape, f"{spec.get('type', 'int')}{bits}", group, numel, counted, total)
 
 
-def _int64s(path: Path, entry: TensorEntry) -> tuple[int, ...]:
+def _raw(path: Path, entry: TensorEntry) -> bytes:
     with path.open("rb") as file:
         file.seek(entry.begin)
-        raw = file.read(entry.nbytes)
+        return file.read(entry.nbytes)
+
+
+def _int64s(path: Path, entry: TensorEntry) -> tuple[int, ...]:
+    raw = _raw(path, entry)
     width = BITS[entry.dtype] // 8
     cells = range(0, len(raw), width)
     return tuple(int.from_bytes(raw[i : i + width], "little") for i in cells)

@@ -240,6 +240,15 @@ class ChatTemplate:
         """JSON values that change whenever a conversation could be rendered differently."""
         return [self._program, sorted(self.variables.items()), self._special.pattern]
 
+    @property
+    def turn_ends(self) -> list[str]:
+        """Special tokens that end the assistant's turn, so that generation must stop at them."""
+        text, spans = self.rendered(
+            [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+        )
+        begin, end = spans[-1]
+        return self._special.findall(text[begin:end])
+
     def rendered(self, messages: Sequence[Message]) -> Rendered:
         """Text and assistant spans of a conversation.
 

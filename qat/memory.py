@@ -256,8 +256,8 @@ def _finish_bytes(
     """
     full = 4 * sum(entry.numel for entry in coverage.entries)
     trained = mapped + tensor_bytes(model, as_float=4)
-    file_bytes = full // 4 * plan.file_dtype.itemsize
-    logits = 4 * model.config.get_text_config().vocab_size
+    file_bytes: int = full // 4 * plan.file_dtype.itemsize
+    logits: int = 4 * model.config.get_text_config().vocab_size
     kept_logits = plan.evaluate.max_tokens * logits
     if kept_logits > REFERENCE_BYTES:
         kept_logits = 0

@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, held: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._seen: dict[int, Any] = {}

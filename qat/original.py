@@ -6,6 +6,7 @@ what is read costs page cache and no memory of its own. A checkpoint that is alr
 (bitsandbytes) gives its dequantized weights and, through `packed`, its codes as they are.
 """
 
+import copy
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -102,8 +103,9 @@ class OriginalWeights:
     def _empty(self) -> PreTrainedModel:
         try:
             with init_empty_weights(include_buffers=False):
+                # a copy, since resizing the vocabulary changes it
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    self.config, dtype=torch.float32
+                    copy.deepcopy(self.config), dtype=torch.float32
                 )
         except ValueError as error:
             raise UserError(f"model={self.model}: not a causal language model ({error})") from error
@@ -196,7 +198,10 @@ class OriginalWeights:
         if source is None or f"{source}.absmax" not in self._files:
             return None
         prefix = source.removesuffix(".weight")
-        return bitsandbytes_format.read(prefix, self._files.get, self._files.names())
+        layer = bitsandbytes_format.read(prefix, self._files.get, self._files.names())
+        # bitsandbytes' inference in fp32 does not go through the dtype in the checkpoint either
+        layer.weight_dtype = torch.float32
+        return layer
 
     def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The whole model in ``dtype``, in eval mode."""

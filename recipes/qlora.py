@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lightning import seed_everything
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qat.adapter_files import AdapterFiles, reload_nf4
 from qat.adapters import base_sha256, in_fp32, stored_bytes, summary
@@ -89,6 +90,8 @@ def train(config: AdapterRunConfig, directory: Path) -> None:
             del model, module
     with watch.phase("base"):
         model, coverage = parts.build(config.adapter)
+        if data.chat is not None:
+            stop_at(model, parts.tokenizer, data.chat.template.turn_ends)
         check_packing(model, config.text.seq_len)
         sha256 = base_sha256(model)
     calibration = data.calibration_blocks(config.scheme.observer.calibration_blocks)
@@ -126,6 +129,18 @@ def train(config: AdapterRunConfig, directory: Path) -> None:
         files.write(config.written, directory)
     result.adapters = adapter_result(config, files, directory)
     finish_run(result, loggers)
+
+
+def stop_at(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ends: list[str]
+) -> None:
+    """Let generation stop where the assistant's turn ends, as well as at the end of text."""
+    known = model.generation_config.eos_token_id
+    ids = known if isinstance(known, list) else [known]
+    ids = [*ids, tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(ends)]
+    stops = sorted({int(i) for i in ids if i is not None})
+    if stops:
+        model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
 
 
 def adapter_result(config: AdapterRunConfig, files: AdapterFiles, directory: Path) -> AdapterResult:

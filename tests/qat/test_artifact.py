@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qat import artifact, cli
+from qat import artifact, bitsandbytes_format, cli
 from qat.artifact import inspect, staged_directory, verify, write_manifest
 from qat.artifact_summary import bits_per_weight
 from qat.errors import UserError
+from qat.linear_4bit import Linear4bit
 from qat.safetensors_header import BrokenHeader, read_header
+from qat_kernels.nf4 import Spec4bit
 
 
 def names(directory):
@@ -490,3 +492,19 @@ def test_verify_command(made, capsys):
 def test_inspect_command(made, capsys):
     assert cli.main(["inspect", str(made)]) == 0
     assert capsys.readouterr().out == inspect(made) + "\n"
+
+
+def test_inspect_reads_bitsandbytes_serialization(tmp_path):
+    torch.manual_seed(0)
+    layer = Linear4bit.from_weight(torch.randn(128, 256), Spec4bit(), torch.float32)
+    tensors = bitsandbytes_format.tensors("model.layers.0.up_proj", layer)
+    save_file({**tensors, "model.norm.weight": torch.ones(256)}, tmp_path / "model.safetensors")
+    section = bitsandbytes_format.quantization_config(Spec4bit(), torch.bfloat16, ["lm_head"])
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
+    lines = inspect(tmp_path).splitlines()
+    assert any(line.startswith("scheme") and "bitsandbytes, format nf4" in line for line in lines)
+    rows = [line.split() for line in lines if "up_proj" in line]
+    assert len(rows) == 1, "its helper tensors have no rows of their own"
+    assert rows[0][:7] == ["model.layers.*.up_proj", "1", "128", "x", "256", "nf4", "64"]
+    # codes, one byte for each of 512 blocks, and fp32 for each 256 of them
+    assert bits_per_weight(tmp_path) == 4 + (512 + 2 * 4) * 8 / (128 * 256)

@@ -72,8 +72,8 @@ def test_weights_gradients_and_copies_follow_the_parameter_counts():
 def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing():
     one = predicted().activations
     two = predicted(micro_batch_size=8, global_batch_size=8).activations
-    # what does not grow is in copies: but for the attention mask's and the rotary tables' shapes
-    assert two == pytest.approx(2 * one, rel=0.01)
+    # what does not grow is in `copies`; it can be alive at another moment than the peak
+    assert two == pytest.approx(2 * one, rel=0.05)
     assert predicted(activation_checkpointing=True).activations < one / 2
     assert predicted(precision="bf16-mixed").activations < one
     assert predicted(loss_chunk=64).activations < one
@@ -88,12 +88,10 @@ def test_the_train_phase_is_the_sum_of_its_parts():
     assert all(f"{part / 2**20:,.1f} MiB" in table for part in [*parts, result.ram, result.disk])
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", sorted(CONFIGS.keys() - {"gpt2"}))
 def test_every_family_can_be_replayed(family):
     model = on_meta(family)
-    prediction = predict(model, plan(model, Scheme()), run_plan()) if family != "gpt2" else None
-    if prediction is not None:
-        assert prediction.activations > 0
+    assert predict(model, prepare(model, Scheme()), run_plan()).activations > 0
 
 
 def test_gradients_of_several_micro_batches_stay_alive():
@@ -155,9 +153,7 @@ def test_merged_training_makes_one_weight_at_a_time(original):
     """Its weights are made again in the backward pass, so fewer than all matrices are alive."""
     peaks = {}
     for merges in (False, True):
-        model, coverage = prepare_adapters(
-            original, AdapterConfig(rank=4), Scheme(), 0, load=False
-        )
+        model, coverage = prepare_adapters(original, AdapterConfig(rank=4), Scheme(), 0, load=False)
         run = RunPlan(SEQ, 10, TrainerConfig(), OptimConfig(), merges=merges)
         peaks[merges] = predict(model, coverage, run).copies
     assert peaks[False] <= peaks[True] < 4 * counts()[1]

@@ -1,6 +1,7 @@
 """The streamed original against transformers' own loading, and what it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -219,7 +220,7 @@ def test_configuration_alone_is_enough_for_shapes(tmp_path):
 # --- a checkpoint that is 4-bit already -----------------------------------------------------------
 
 
-def bitsandbytes_checkpoint(directory, kind="nf4", double=True):
+def bitsandbytes_checkpoint(directory, kind="nf4", double=True, dtype=torch.float32):
     """A 4-bit Llama written by transformers and bitsandbytes, sizes that blocks of 64 divide."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
@@ -236,10 +237,13 @@ def bitsandbytes_checkpoint(directory, kind="nf4", double=True):
         bnb_4bit_compute_dtype=torch.float32,
     )
     packed = AutoModelForCausalLM.from_pretrained(
-        directory / "16bit", quantization_config=options, dtype=torch.float32
+        directory / "16bit", quantization_config=options, dtype=dtype
     )
     packed.save_pretrained(directory / "4bit")
     reloaded = AutoModelForCausalLM.from_pretrained(directory / "4bit", dtype=torch.float32)
+    for parameter in reloaded.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()  # it comes in the stored dtype all the same
     for module in reloaded.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # else it repacks on this kind of CPU and computes in bf16
@@ -249,9 +253,10 @@ def bitsandbytes_checkpoint(directory, kind="nf4", double=True):
     return str(directory / "4bit"), reloaded.eval()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("fp4", False)])
-def test_checkpoint_of_bitsandbytes_is_a_base(kind, double, tmp_path):
-    path, expected = bitsandbytes_checkpoint(tmp_path, kind, double)
+def test_checkpoint_of_bitsandbytes_is_a_base(kind, double, dtype, tmp_path):
+    path, expected = bitsandbytes_checkpoint(tmp_path, kind, double, dtype)
     original = OriginalWeights(path)
     assert original.quantization["quant_method"] == "bitsandbytes"
     adapter = AdapterConfig(base=kind, double_quant=double, rank=2)
@@ -285,7 +290,7 @@ def test_initialisations_that_change_the_base_need_the_original(tmp_path):
 def test_another_data_type_than_the_checkpoints_is_refused(tmp_path):
     path, _ = bitsandbytes_checkpoint(tmp_path, "nf4")
     for change in ({"base": "fp4"}, {"block_size": 32}, {"double_quant": False}):
-        with pytest.raises(UserError, match=r"adapter\.(base|block_size|double_quant)="):
+        with pytest.raises(UserError, match=r"base=nf4 .*block_size=64 .*double_quant=true"):
             prepare_adapters(OriginalWeights(path), AdapterConfig(**change), SCHEME, seed=0)
 
 
@@ -294,7 +299,6 @@ def test_another_data_type_than_the_checkpoints_is_refused(tmp_path):
 MEASURE = """
 import sys, threading, time, torch
 from qat.adapters import AdapterConfig, prepare_adapters
-from qat.linear_4bit import Linear4bit
 from qat.original import OriginalWeights
 from qat.scheme import Scheme
 
@@ -337,7 +341,12 @@ def test_building_holds_the_4_bit_model_and_two_shards_at_most(tmp_path):
         num_attention_heads=8,
         num_key_value_heads=8,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.05, 0.05)
     model.save_pretrained(tmp_path / "model", max_shard_size="20MB")
     del model
     shards = [path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors")]
@@ -348,9 +357,12 @@ def test_building_holds_the_4_bit_model_and_two_shards_at_most(tmp_path):
         capture_output=True,
         text=True,
         check=True,
+        # glibc keeps freed blocks below a size that grows to 32 MiB; the matrices of a real model
+        # are larger and go back at once, and so shall these
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
     )
     grown, held = map(int, result.stdout.split())
     assert held < sum(shards) / 3
-    # the allocator's own: arenas and pages that it has not given back
+    # what the allocator keeps of small blocks
     slack = 16e6
     assert grown < held + 2 * max(shards) + slack

@@ -156,16 +156,16 @@ def test_metrics(int4: Path, nf4: Path):
     assert not any(metric.startswith("quant_error/") for _, _, metric in metrics(nf4))
     # the same run until the merged form sets in
     plain, merged = (curve(directory, "adapter", "train_loss") for directory in (nf4, int4))
-    assert [plain[step] == merged[step] for step in STEPS] == [True, True, True, False]
+    assert [plain[step] == merged[step] for step in STEPS] == [True, True, False, False]
 
 
 def test_commands_on_the_outputs(nf4: Path, capsys: pytest.CaptureFixture[str]):
     before = hashes(nf4)
-    for name in ("artifact", "adapter", "nf4", "merged"):
+    for name in ("artifact", "nf4", "merged"):
         assert cli.main(["verify", str(nf4 / name)]) == 0
         assert "every file is as the manifest says" in capsys.readouterr().out
-    assert cli.main(["generate", str(nf4 / "artifact"), "quick", "max_new_tokens=4"]) == 0
-    assert capsys.readouterr().out
+        assert cli.main(["generate", str(nf4 / name), "quick", "max_new_tokens=4"]) == 0
+        assert capsys.readouterr().out
     assert hashes(nf4) == before
 
 
@@ -194,10 +194,10 @@ def test_succeeds_twice_in_fresh_directories(
     assert files(one) == files(two) == (ADAPTER_RUN_FILES | NF4_FILES) - {FINETUNE}
     assert metrics(one) == metrics(two)
     assert losses(one) == losses(two)
-    same = [name for name in files(one) if name.endswith((".safetensors", "config.json"))]
-    assert len(same) == 8
-    for name in same:
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    different = {"README.md", "manifest.json"}  # the path of the run, times, sizes
+    for name in files(one):
+        if name.startswith(("artifact/", "adapter/", "nf4/")) and Path(name).name not in different:
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
 def test_dry_run(
