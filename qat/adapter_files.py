@@ -115,6 +115,8 @@ class AdapterFiles:
                 tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude
         modules = trained_modules(self.model)
         config.modules_to_save = sorted({n.rpartition(".")[0] for n in modules}) or None
+        ties = self.model.all_tied_weights_keys
+        config.ensure_weight_tying = not modules.keys().isdisjoint({*ties, *ties.values()})
         for name, value in modules.items():
             tensors[PREFIX + name] = value.to(self.keep)
         rows = trained_rows(self.model)
@@ -126,7 +128,8 @@ class AdapterFiles:
         identity = {"base_model": self.original.model, **self.identity()}
         stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         path = directory / "adapter_model.safetensors"
-        save_file(stored, path, {"format": "pt", "base": json.dumps(identity)})
+        # one entry: safetensors writes several in varying order, and runs should repeat to the bit
+        save_file(stored, path, {"format": "pt"})
         path.chmod((directory.stat().st_mode & 0o444) | 0o200)
         config.save_pretrained(str(directory))
         text = json.dumps(identity, indent=2) + "\n"
@@ -221,9 +224,10 @@ def _factors(layer: LoraLinear, on_original: bool) -> tuple[Tensor, Tensor, floa
     """(A, B, alpha) of the adapter, or of its difference to the initial one."""
     a, b = layer.factors
     scale = layer.scaling["default"]
-    if on_original and layer.initial_a is not None and layer.initial_b is not None:
-        a = torch.cat([a, layer.initial_a])
-        b = torch.cat([b, -layer.initial_b], dim=1)
+    if not on_original or layer.initial_a is None or layer.initial_b is None:
+        return a, b, float(layer.lora_alpha["default"])
+    a = torch.cat([a, layer.initial_a])
+    b = torch.cat([b, -layer.initial_b], dim=1)
     rank = a.shape[0]
     alpha = scale * (math.sqrt(rank) if layer.use_rslora["default"] else rank)
     return a, b, float(alpha)

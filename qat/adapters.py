@@ -9,6 +9,7 @@ and one matrix. Everything else is frozen in the dtype in which it is shipped; w
 
 import fnmatch
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -81,8 +82,8 @@ class AdapterConfig:
         """Raise ValueError for a value outside its range, or for what has no merged form."""
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}: at least 1")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha={self.alpha}: above 0")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha}: a finite number above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: at least 0 and below 1")
         if self.loftq_iterations < 1:
@@ -96,6 +97,9 @@ class AdapterConfig:
             )
         if not self.targets:
             raise ValueError("targets=[]: name layers, or all-linear")
+        tokens = self.new_tokens
+        if len(set(tokens)) < len(tokens) or not all(token.strip() for token in tokens):
+            raise ValueError(f"new_tokens={tokens}: each a text of its own, none empty")
         self.spec()
 
     def spec(self) -> Spec4bit | None:
@@ -167,6 +171,15 @@ def prepare_adapters(
         UserError: see `qat.prepare.plan`; a target or module to save that matches nothing.
     """
     build = _Build(original, adapter, scheme, seed, storage, torch.device(device), new_rows, load)
+    if (
+        original.quantization is not None
+        and adapter.base != "16bit"
+        and (adapter.init in TAKES_FROM_BASE)
+    ):
+        raise UserError(
+            f"adapter.init={adapter.init}: changes the base, and model={original.model} is 4-bit "
+            "already; take adapter.init=default, or give the 16-bit model"
+        )
     model = original.skeleton()
     coverage = plan(model, scheme)
     # names are resolved before anything is read
@@ -253,12 +266,6 @@ def _layer(
         assert spec is not None
         _loftq(layer, weight.float(), spec, build)
     if build.adapter.init in TAKES_FROM_BASE:
-        if packed is not None:
-            raise UserError(
-                f"adapter.init={build.adapter.init}: changes the base, and model="
-                f"{build.original.model} is 4-bit already; take adapter.init=default, or give the "
-                "16-bit model"
-            )
         layer.remember_initial()
         weight = dense.weight.detach()
     layer.base_layer = _base(build, linear, weight, spec, packed)
@@ -301,7 +308,8 @@ def _loftq(layer: LoraLinear, weight: Tensor, spec: Spec4bit, build: _Build) -> 
         held = Linear4bit.from_weight(weight - moved, spec, WEIGHT_DTYPE).weight
         u, s, v = torch.linalg.svd(weight - held, full_matrices=False)
         root = (s[:rank] / scale).sqrt()
-        b.data, a.data = u[:, :rank] * root, root[:, None] * v[:rank]
+        # contiguous: matmuls of the model read back must add in the same order
+        b.data, a.data = (u[:, :rank] * root).contiguous(), (root[:, None] * v[:rank]).contiguous()
         base = weight - moved
         moved = scale * (b.data @ a.data)
     layer.base_layer.weight.data = base

@@ -45,13 +45,18 @@ BLOCK_8BIT = 256
 RUNTIME_BYTES = 40 << 20
 """What loops, libraries loaded on first use and the matmuls' thread buffers take beside tensors:
 growth of a training run of a model of 40,000 parameters (measured, torch 2.13 on two cores)."""
+CHECKPOINT_COPIES = 1
+"""Copies of a checkpoint in memory while it is saved: Lightning collects all of it before it writes
+(``_atomic_save`` of lightning 2.6)."""
 EVALUATION_LOGITS = 7
 """Tensors as large as a batch's logits in `qat.evaluate.measure`: logits of model and original,
 their two log-softmax, and in ``kl_div`` an exponential, a difference and their product."""
-MMAP_THRESHOLD = 1 << 20
-"""Allocations from this size on go back to the system when they are freed. glibc's own threshold
-grows to 32 MiB, and what it then keeps was 15 % of the peak of plain training and 23 % of QAT
-(112 M parameters); the page faults cost about 2 % of a step."""
+MMAP_THRESHOLD = 128 << 10
+"""Allocations from this size on go back to the system when they are freed: glibc's initial value,
+fixed. Left alone it grows to 32 MiB, and what glibc then keeps was 15 % of the peak of plain
+training and 23 % of QAT (112 M parameters, 512 tokens); the page faults cost about 2 % of a step."""
+TRIM_THRESHOLD = 32 << 20
+"""Free memory that the heap may keep at its end, so that small tensors cost no system calls."""
 
 
 def optimizer_bytes(model: nn.Module, optim: OptimConfig) -> int:
@@ -167,14 +172,18 @@ def predict(model: PreTrainedModel, coverage: Coverage, plan: RunPlan) -> Predic
     step, copies, forward = _replays(model, plan)
     held = weights + optimizer + mapped + RUNTIME_BYTES
     checkpoint = gradients + optimizer
-    saved = held + checkpoint + (gradients if _saves_with_gradients(plan) else 0)
+    saved = held + CHECKPOINT_COPIES * checkpoint
+    saved += gradients if _saves_with_gradients(plan) else 0
     train = held + step
     finish = _finish_bytes(model, coverage, plan, mapped, forward)
     phases = {"load": weights + file_bytes, "train": train, "save": saved, "finish": finish}
     vram = 0
     if plan.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available():
         vram = weights + optimizer + step
-        phases |= {"train": weights + RUNTIME_BYTES, "save": checkpoint + RUNTIME_BYTES}
+        phases |= {
+            "train": weights + RUNTIME_BYTES,
+            "save": CHECKPOINT_COPIES * checkpoint + RUNTIME_BYTES,
+        }
     return Prediction(
         weights=weights,
         gradients=gradients,
@@ -378,8 +387,7 @@ def _give_back_when_freed() -> None:
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_threshold, MMAP_THRESHOLD)
-        # small tensors come and go at the heap's end; without slack each would be a system call
-        mallopt(trim_threshold, 32 * MMAP_THRESHOLD)
+        mallopt(trim_threshold, TRIM_THRESHOLD)
 
 
 def _start_peak() -> None:

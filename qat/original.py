@@ -66,6 +66,10 @@ class OriginalWeights:
         self.quantization: dict[str, Any] | None = section
         """The section of config.json, for a checkpoint that is already 4-bit."""
         if section is not None:
+            try:
+                bitsandbytes_format.spec_of(section)
+            except UserError as error:
+                raise UserError(f"model={model}: {error}") from None
             del self.config.quantization_config
         self.dtype: torch.dtype = self.config.dtype or torch.float32
         """Dtype of the checkpoint."""
@@ -93,7 +97,10 @@ class OriginalWeights:
 
     @cached_property
     def _files(self) -> TensorFiles:
-        return TensorFiles(self.directory, ExitStack())
+        try:
+            return TensorFiles(self.directory, ExitStack())
+        except UserError as error:
+            raise UserError(f"model={self.model}: the weights cannot be loaded: {error}") from error
 
     @cached_property
     def _names(self) -> dict[str, str]:

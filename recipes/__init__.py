@@ -64,6 +64,12 @@ RECIPES = {
             "recipes.config:BenchmarkConfig",
             "recipes.benchmark:run",
         ),
+        Recipe(
+            "benchmark_qlora",
+            "time and memory of adapter training against transformers, PEFT and bitsandbytes",
+            "recipes.config:AdapterBenchmarkConfig",
+            "recipes.benchmark_qlora:run",
+        ),
     )
 }
 

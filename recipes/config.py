@@ -182,6 +182,16 @@ class ModelShape:
     attention_dropout: float = 0.0
     """Dropout of attention weights while training."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for heads that do not divide what they share."""
+        for name, part in (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+        ):
+            if getattr(self, part) < 1 or getattr(self, name) % getattr(self, part):
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value}: a multiple of {part}={getattr(self, part)}")
+
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
@@ -193,12 +203,12 @@ class PretrainConfig(RunConfig):
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Timing of a training step; prints, and writes nothing but output_dir/benchmark.json."""
+    """Timing of a training step; prints, and writes nothing but a JSON file in output_dir."""
 
     recipe: str = ""
     """Name of the recipe."""
     output_dir: str | None = None
-    """Directory for benchmark.json; null only prints."""
+    """Directory for <recipe>.json; null only prints."""
     preset: list[str] = field(default_factory=list)
     """Files below configs/ to merge in."""
     shape: ModelShape = field(default_factory=ModelShape)
@@ -219,3 +229,51 @@ class BenchmarkConfig:
     """Timed steps of each kind, in turn, after two that are not counted."""
     seed: int = 0
     """Seed of weights and tokens."""
+
+
+Contestant = Literal["ours", "peft", "merged"]
+
+
+@dataclass(frozen=True)
+class AdapterBenchmarkConfig(BenchmarkConfig):
+    """Timing of adapter training against transformers, PEFT and bitsandbytes.
+
+    The random model is written to output_dir, or where temporary files go, and removed at the end:
+    two bytes a parameter.
+    """
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """The 4-bit base and the adapters, the same for all."""
+    contestants: list[Contestant] = field(default_factory=lambda: ["ours", "peft", "merged"])
+    """Who takes part: ours, peft (plain transformers, PEFT and bitsandbytes), merged (ours, as it
+    trains the merged low-bit weights)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    loss_chunk: int = 0
+    """Positions whose logits exist at a time, for ours and merged; 0 decides by size."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what the contestants cannot all do in the same way."""
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats}: at least 1")
+        if self.batch_size < 1 or self.seq_len < 2:
+            raise ValueError("batch_size: at least 1, and seq_len: at least 2")
+        if not self.contestants:
+            raise ValueError("contestants=[]: name ours, peft or merged")
+        adapter = self.adapter
+        if adapter.base == "16bit" or adapter.block_size != 64:
+            raise ValueError(
+                f"adapter.base={adapter.base} adapter.block_size={adapter.block_size}: "
+                "transformers' BitsAndBytesConfig makes nf4 and fp4 in blocks of 64 only"
+            )
+        if adapter.init not in ("default", "gaussian", "orthogonal"):
+            raise ValueError(
+                f"adapter.init={adapter.init}: changes the base, which must be the same for all; "
+                "take default, gaussian or orthogonal"
+            )
+        if adapter.modules_to_save or adapter.new_tokens:
+            raise ValueError("adapter: modules_to_save and new_tokens are not compared here")
+        if adapter.dropout or adapter.dtype != "float32":
+            raise ValueError(
+                "adapter.dropout, adapter.dtype: only 0 and float32, so that losses can be compared"
+            )

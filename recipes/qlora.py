@@ -3,7 +3,7 @@
 Differs from `recipes.qat` in what prepares the model, and in what is written beside the artifact.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -83,6 +83,7 @@ def train(config: AdapterRunConfig, directory: Path) -> None:
     checkpoints = directory / "checkpoints"
     loggers = Loggers(config.logger, config.wandb, directory, asdict(config))
     if config.finetunes:
+        check_model(parts)
         with watch.phase("finetune"):
             model, _ = parts.build(parts.baseline)
             module = new_module(config, model, config.max_steps, base_sha256(model))
@@ -131,9 +132,13 @@ def train(config: AdapterRunConfig, directory: Path) -> None:
     finish_run(result, loggers)
 
 
-def stop_at(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ends: list[str]
-) -> None:
+def check_model(parts: Parts) -> None:
+    """Find out before the baseline trains whether the base can be made and run."""
+    model, _ = parts.build(replace(parts.config.adapter, init="default"))
+    check_packing(model, parts.config.text.seq_len)
+
+
+def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ends: list[str]) -> None:
     """Let generation stop where the assistant's turn ends, as well as at the end of text."""
     known = model.generation_config.eos_token_id
     ids = known if isinstance(known, list) else [known]

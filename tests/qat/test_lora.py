@@ -9,6 +9,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from torch.nn import functional
 
+from qat.errors import UserError
 from qat.fake_quant import FakeQuantLinear, set_enabled
 from qat.linear_4bit import Linear4bit
 from qat.lora import FrozenLinear, LoraLinear
@@ -78,7 +79,7 @@ def leaves(layer):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_plain_form_is_pefts_own(kind, autocast, dropout):
-    layer, w = layer_of(kind, dropout)
+    layer, _ = layer_of(kind, dropout)
     dense = nn.Linear(K, N)
     dense.weight = nn.Parameter(layer.base_layer.weight, requires_grad=False)
     dense.bias = nn.Parameter(layer.base_layer.bias.detach().clone(), requires_grad=False)
@@ -187,7 +188,9 @@ def test_merged_form_keeps_no_weight_for_the_backward_pass():
     set_enabled(layer, True)
     kept = []
     x = torch.randn(2, 5, K, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(t.shape), t)[1], lambda t: t
+    ):
         y = layer(x)
     assert all(shape.numel() < N * K for shape in kept)
     y.sum().backward()
@@ -292,3 +295,18 @@ def test_frozen_layer_has_both_forms_too():
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad, torch.ones(3, N) @ hat)
     assert not trained(layer)
+
+
+def test_merging_in_place_is_for_16_bit_bases():
+    layer, w = layer_of()
+    before = layer.base_layer.weight
+    for safe in (False, True):
+        with pytest.raises(UserError, match="not merged into a 4-bit base"):
+            layer.merge(safe_merge=safe)
+    assert torch.equal(layer.base_layer.weight, before)
+    dense = nn.Linear(K, N, bias=False)
+    dense.weight = nn.Parameter(w.clone(), requires_grad=False)
+    layer.base_layer = dense
+    layer.merge()
+    a, b, _ = leaves(layer)
+    assert torch.equal(dense.weight, w + (b @ a) * 1.5)

@@ -106,8 +106,6 @@ def adapter_setup(directory: Path, family: str = "llama", **config: Any) -> list
     return [
         *_words(directory, family, write_chats(directory / "chats.jsonl"), config),
         "adapter.block_size=32",
-        "adapter.rank=4",
-        "adapter.alpha=8",
         "min_gain_kept=null",
     ]
 
@@ -169,7 +167,7 @@ def losses(directory: Path) -> dict[str, float]:
     return {name: row["loss"] for name, row in read_report(directory)["rows"].items()}
 
 
-def rounding_bound() -> float:
+def rounding_bound(adapters: bool = False) -> float:
     """Relative bound of the difference of two fp32 losses that differ in the order of additions.
 
     With u = 2^-24, a sum of n terms is off by at most about sqrt(n) * u * lambda, lambda = 6 for
@@ -180,4 +178,6 @@ def rounding_bound() -> float:
     that crosses a rounding boundary is not in the bound: weights differ by about 1e-7 of a
     quantization step, so that fewer than 0.01 of the 40,000 are expected to cross.
     """
-    return 2 * 6 * 1440**0.5 * 2**-24
+    # adapters of rank 16 add theirs per layer: 64 + 16 three times and 96 + 16
+    terms = 1440 + (2 * 352 if adapters else 0)
+    return float(2 * 6 * terms**0.5 * 2**-24)

@@ -1,9 +1,11 @@
-"""The main job as a user starts it: the built-in model and corpus, from a shell."""
+"""The main jobs as a user starts them: the built-in model and data, from a shell."""
 
 import json
 import os
 import subprocess
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,30 +14,70 @@ from tests.recipes.running import TRAIN, files
 LEAST_RECOVERED = {4: 0.5, 2: 0.8}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", LEAST_RECOVERED)
-def test_main_job(bits, tmp_path):
-    command = [*TRAIN, "recipe=qat_int4", "trainer.progress_bar=false"]
-    command += [] if bits == 4 else [f"scheme.weight.bits={bits}", "logger=none"]
+LIMIT = 300
+"""Seconds that a run may take."""
+
+
+def start(command: list[str], directory: Path) -> tuple[dict[str, Any], str, Path]:
+    """Run a recipe without a network; report, standard output and directory of the run."""
     # all cores, unlike the other tests, and a cache of its own as on a fresh machine
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "WANDB_MODE": "offline"}
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
+    environment |= {"XDG_CACHE_HOME": str(directory / "cache"), "WANDB_MODE": "offline"}
+    begin = time.perf_counter()
+    command = [*TRAIN, *command, "trainer.progress_bar=false"]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    seconds = time.perf_counter() - begin
     assert done.returncode == 0, done.stderr[-4000:]
-    run = tmp_path / "runs" / "qat_int4-001"
+    (run,) = (directory / "runs").iterdir()
     report = json.loads((run / "report.json").read_text("utf-8"))
     assert report["fidelity"]["codes_equal"] is True
     assert report["fidelity"]["weights_equal"] is True
     assert report["fidelity"]["logits"] == "equal"
     assert report["fidelity"]["max_logit_diff"] == 0.0
+    assert "| `artifact` |" in done.stdout
+    assert report["sample"]["continuation"].strip() in done.stdout
+    assert {"model.safetensors", "manifest.json", "README.md"} <= files(run / "artifact")
+    assert seconds < LIMIT
+    return report, done.stdout, run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", LEAST_RECOVERED)
+def test_main_job(bits, tmp_path):
+    words = [] if bits == 4 else [f"scheme.weight.bits={bits}", "logger=none"]
+    report, _, run = start(["recipe=qat_int4", *words], tmp_path)
+    assert run.name == "qat_int4-001"
     rows = report["rows"]
     assert rows["artifact"]["loss"] == rows["trained"]["loss"]
     assert rows["artifact"]["loss"] < rows["finetuned_ptq"]["loss"]
     assert rows["artifact"]["bits_per_weight"] <= bits + 0.6
     assert report["recovered"] >= LEAST_RECOVERED[bits]
-    assert "| `artifact` |" in done.stdout
-    assert report["sample"]["continuation"].strip() in done.stdout
-    assert {"model.safetensors", "manifest.json", "README.md"} <= files(run / "artifact")
-    assert seconds < 300
+
+
+@pytest.mark.slow
+def test_adapters_on_nf4(tmp_path):
+    """QLoRA on the built-in instructions: one quantization of the merged weights keeps the gain."""
+    report, out, run = start(["recipe=qlora_nf4"], tmp_path)
+    assert run.name == "qlora_nf4-001"
+    rows = report["rows"]
+    assert rows["trained"]["loss"] < rows["original"]["loss"]
+    assert report["gain_kept"] >= 0.95
+    assert "Gain kept: " in out
+    assert rows["artifact"]["bits_per_weight"] == 4.5
+    # 4.127 bits of the codes with their absmax in 8 bits
+    assert rows["trained"]["bits_per_weight"] == pytest.approx(4.127, abs=0.01)
+    assert report["fidelity"]["nf4_logits"] == "equal"
+    assert rows["nf4"]["loss"] == rows["trained"]["loss"]
+    assert {"adapter", "nf4", "artifact"} <= {path.name for path in run.iterdir()}
+
+
+@pytest.mark.slow
+def test_adapters_merged_exactly(tmp_path):
+    report, out, run = start(["recipe=qlora_int4"], tmp_path)
+    assert run.name == "qlora_int4-001"
+    rows = report["rows"]
+    assert rows["trained"]["loss"] < rows["original"]["loss"]
+    assert rows["artifact"]["loss"] == rows["trained"]["loss"]
+    assert report["gain_kept"] == 1.0
+    assert "Gain kept: 100.00%" in out
+    assert rows["artifact"]["loss"] < rows["ptq"]["loss"]

@@ -10,8 +10,10 @@ import psutil
 import pytest
 
 from tests.recipes.running import (
+    ADAPTER_RUN_FILES,
     RUN_FILES,
     TRAIN,
+    adapter_setup,
     curve,
     files,
     losses,
@@ -115,6 +117,34 @@ def test_static_ranges_of_two_processes(tmp_path: Path):
     # stored scales are bf16: equal, or neighbours where rounding put them on two sides
     assert all(abs(scales[1][n] / scales[0][n] - 1) <= 2**-7 for n in scales[0])
     assert sum(scales[1][n] == scales[0][n] for n in scales[0]) >= len(scales[0]) - 1
+
+
+@pytest.mark.slow
+def test_adapters_of_two_processes(tmp_path: Path):
+    """The same for adapters on a 4-bit base, which each process makes for itself."""
+    setup = adapter_setup(tmp_path, attention_dropout=0.1)
+    words = ["recipe=qlora_int4", *setup, "merge_share=0.5", "adapter.dropout=0.1"]
+    words += ["adapter.new_tokens=['<|a|>']", "optim.name=adamw_8bit", "adapter.rank=64"]
+    one, two, log = tmp_path / "one", tmp_path / "two", tmp_path / "log"
+    assert run([*words, f"output_dir={one}"]) == 0
+    process = launch([*words, *TWO, f"output_dir={two}"], log)
+    while not (two / "checkpoints/adapter/last.ckpt").exists():
+        assert process.poll() is None, log.read_text("utf-8")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(LIMIT)
+    wait(launch([f"resume={two}"], log), log)
+
+    assert files(two) == ADAPTER_RUN_FILES
+    assert metrics(two).keys() == metrics(one).keys()
+    for phase in ("finetune", "adapter"):
+        for metric in ("train_loss", "lr", "grad_norm"):
+            assert curve(two, phase, metric) == curve(one, phase, metric)
+    assert losses(two) == losses(one)
+    for name in ("artifact/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (two / name).read_bytes() == (one / name).read_bytes()
+    assert read_report(two)["gain_kept"] == read_report(one)["gain_kept"]
+    log_text = log.read_text("utf-8")
+    assert log_text.count("template: plain") == 2  # said once by each of two runs
 
 
 def input_scales(directory: Path) -> dict[str, float]:

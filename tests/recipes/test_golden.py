@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.recipes.running import curve, rounding_bound, run, tiny_setup
+from tests.recipes.running import adapter_setup, curve, rounding_bound, run, tiny_setup
 
 GOLDEN = Path(__file__).with_name("golden.json")
-RECIPES = ("qat_int4", "qat_int8")
+RECIPES = ("qat_int4", "qat_int8", "qlora_nf4", "qlora_int4")
 
 
 def key() -> str:
@@ -25,8 +25,11 @@ def key() -> str:
 def losses_of(recipe: str, directory: Path) -> dict[str, list[float]]:
     """Training losses of both phases of a tiny run."""
     out = directory / "run"
-    assert run([f"recipe={recipe}", f"output_dir={out}", *tiny_setup(directory)]) == 0
-    return {phase: [*curve(out, phase, "train_loss").values()] for phase in ("finetune", "qat")}
+    adapters = recipe.startswith("qlora")
+    setup = adapter_setup(directory) if adapters else tiny_setup(directory)
+    assert run([f"recipe={recipe}", f"output_dir={out}", *setup]) == 0
+    phases = ("finetune", "adapter" if adapters else "qat")
+    return {phase: [*curve(out, phase, "train_loss").values()] for phase in phases}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -37,8 +40,9 @@ def test_losses(recipe: str, tmp_path: Path):
         assert found == golden[key()][recipe]
         return
     recorded = next(iter(golden.values()))[recipe]
+    bound = rounding_bound(adapters=recipe.startswith("qlora"))
     for phase, values in found.items():
-        assert values == pytest.approx(recorded[phase], rel=rounding_bound())
+        assert values == pytest.approx(recorded[phase], rel=bound)
 
 
 if __name__ == "__main__":

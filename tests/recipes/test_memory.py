@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from qat.adapters import base_sha256
 from qat.config import load
 from qat.finish import finish
 from qat.loggers import Loggers
@@ -76,7 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("kind", "words"),
     [
         ("plain", []),
-        ("qat", []),
+        ("qat and finish", []),
         ("qlora", []),
         ("plain", ["trainer.precision=bf16-mixed", "trainer.activation_checkpointing=true"]),
         ("qat", ["trainer.global_batch_size=4", "optim.name=adamw_8bit"]),
@@ -118,6 +119,7 @@ def _config(kind: str, words: list[str], model: Path, run: Path) -> Any:
 def _run(kind: str, words: list[str], model: Path, run: Path) -> Measured:
     """What the recipes do, with a meter; in a process of its own."""
     warnings.simplefilter("ignore")
+    kind, _, finishes = kind.partition(" and ")
     config = _config(kind, words, model, run)
     path = str(model)
     parts = Parts.load(config) if kind == "qlora" else None
@@ -132,21 +134,24 @@ def _run(kind: str, words: list[str], model: Path, run: Path) -> Measured:
             trained = load_model(path)
             coverage = (prepare if kind == "qat" else plan)(trained, config.scheme)
     release(trained)
-    module = new_module(config, trained, getattr(config, "plain_steps", None))
+    if parts is None:
+        module = new_module(config, trained)
+    else:
+        module = new_module(config, trained, config.plain_steps, base_sha256(trained))
     disk = _watch_saving(meter, run / "checkpoints")
     loggers = Loggers(config.logger, config.wandb, run, {})
     with meter.phase("train"):
         fit(module, data, config.trainer, run / "checkpoints" / kind, loggers.phase(kind))
     del module
     release(trained)
-    if kind == "qat":
+    if finishes:
         result = new_result(config, run, data, tokenizer, trained, coverage, qat.Stopwatch())
         with meter.phase("finish"):
             finish(result)
         disk.append(_bytes(run / "checkpoints") + _bytes(run / "artifact"))
     predicted = prediction.phases | {"disk": prediction.disk}
     measured = {name: meter.host[name] for name in meter.host if name != "load"}
-    if kind != "qat":
+    if not finishes:
         # ends without an artifact, so only the moment of saving can be compared
         predicted["disk"] = 2 * (prediction.gradients + prediction.optimizer)
     return Measured(predicted, measured | {"disk": max(disk)})

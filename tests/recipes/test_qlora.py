@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from qat import cli
+from tests.recipes.forked import run_forked
 from tests.recipes.running import (
     ADAPTER_FILES,
     ADAPTER_RUN_FILES,
@@ -142,7 +143,7 @@ def test_checkpoints_hold_adapters_only(nf4: Path):
     for name, value in weights.items():
         key = name.replace("model.", "base_model.model.", 1).replace(".default.", ".")
         assert torch.equal(shipped[key], value)
-    assert (nf4 / "checkpoints/adapter/last.ckpt").stat().st_size < 4 * 7424 * 4 + 40_000
+    assert (nf4 / "checkpoints/adapter/last.ckpt").stat().st_size < 4 * 4 * 29_696 + 40_000
 
 
 def test_metrics(int4: Path, nf4: Path):
@@ -164,8 +165,11 @@ def test_commands_on_the_outputs(nf4: Path, capsys: pytest.CaptureFixture[str]):
     for name in ("artifact", "nf4", "merged"):
         assert cli.main(["verify", str(nf4 / name)]) == 0
         assert "every file is as the manifest says" in capsys.readouterr().out
+    for name in ("artifact", "nf4"):
         assert cli.main(["generate", str(nf4 / name), "quick", "max_new_tokens=4"]) == 0
         assert capsys.readouterr().out
+    assert cli.main(["generate", str(nf4 / "merged"), "quick"]) == 2
+    assert "load it with transformers" in capsys.readouterr().err
     assert hashes(nf4) == before
 
 
@@ -194,10 +198,11 @@ def test_succeeds_twice_in_fresh_directories(
     assert files(one) == files(two) == (ADAPTER_RUN_FILES | NF4_FILES) - {FINETUNE}
     assert metrics(one) == metrics(two)
     assert losses(one) == losses(two)
-    different = {"README.md", "manifest.json"}  # the path of the run, times, sizes
     for name in files(one):
-        if name.startswith(("artifact/", "adapter/", "nf4/")) and Path(name).name not in different:
-            assert (one / name).read_bytes() == (two / name).read_bytes(), name
+        if name.endswith((".safetensors", ".json", ".jinja")) and "/" in name:
+            equal = (one / name).read_bytes() == (two / name).read_bytes()
+            # manifests have hashes of the above and of model cards, which name the run
+            assert equal or name.endswith("manifest.json"), name
 
 
 def test_dry_run(
@@ -359,17 +364,21 @@ def test_conversations(
 # --- optimizers ----------------------------------------------------------------------------------
 
 
-def test_paged_optimizer(setup: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """Without CUDA there are no pages, a line says what runs instead, and the result is its own."""
-    runs = {}
+def test_paged_optimizer(setup: list[str], tmp_path: Path):
+    """Without CUDA there are no pages: a line says what runs instead, with the same steps."""
+    said = {}
     for name in ("paged_adamw_8bit", "adamw_8bit"):
-        directory = tmp_path / name
-        words = [*setup, *FAST, f"optim.name={name}", f"output_dir={directory}"]
-        assert run(["recipe=qlora_int4", *words]) == 0
-        check_exact(directory)
-        runs[name] = capfd.readouterr().err.count("runs with its state in RAM")
-    assert runs == {"paged_adamw_8bit": 1, "adamw_8bit": 0}
-    one, two = (curve(tmp_path / name, "adapter", "train_loss") for name in runs)
+        log = tmp_path / f"{name}.log"
+        words = [*setup, *FAST, f"optim.name={name}", f"output_dir={tmp_path / name}"]
+        assert run_forked(["recipe=qlora_int4", *words], log) == 0
+        check_exact(tmp_path / name)
+        line = (
+            f"optim.name={name}: pages are a CUDA feature; on this cpu device the same 8-bit AdamW "
+            "runs with its state in RAM\n"
+        )
+        said[name] = log.read_text("utf-8").count(line)
+    assert said == {"paged_adamw_8bit": 1, "adamw_8bit": 0}
+    one, two = (curve(tmp_path / name, "adapter", "train_loss") for name in said)
     assert one == two
 
 
@@ -393,10 +402,12 @@ def test_too_little_gain_kept(setup: list[str], tmp_path: Path, capfd: pytest.Ca
     """The run fails with its figures, keeps the adapter, and ends once less is asked for."""
     directory = tmp_path / "run"
     words = [word for word in setup if not word.startswith("min_gain_kept=")]
-    words += [*FAST, "scheme.weight.bits=2", f"output_dir={directory}"]
-    assert run(["recipe=qlora_nf4", *words]) == 1
+    # two bits with one scale for a whole row keep about five sixths of what 40 large steps gain
+    words += ["max_steps=40", "optim.lr=0.02", "scheme.weight.bits=2", "min_gain_kept=0.95"]
+    words += ["scheme.weight.granularity=channel", "trainer.validate_every_steps=40", *FAST]
+    assert run(["recipe=qlora_nf4", *words, f"output_dir={directory}"]) == 1
     error = capfd.readouterr().err
-    assert "below min_gain_kept=0.9" in error
+    assert "below min_gain_kept=0.95. Losses in nats: original 5." in error
     assert f"The adapter is in {directory / 'adapter'}" in error
     assert f"Continue with: python train.py recipe=qlora_nf4 resume={directory}" in error
     assert {f"adapter/{name}" for name in ADAPTER_FILES} <= files(directory)
@@ -405,10 +416,10 @@ def test_too_little_gain_kept(setup: list[str], tmp_path: Path, capfd: pytest.Ca
         assert not name.startswith("artifact/")
         assert not name.startswith("report")
         assert ".tmp" not in name
-    assert run([f"resume={directory}", "min_gain_kept=0.5"]) == 1
-    assert "below min_gain_kept=0.5" in capfd.readouterr().err
+    assert run([f"resume={directory}", "min_gain_kept=0.94"]) == 1
+    assert "below min_gain_kept=0.94" in capfd.readouterr().err
     assert run([f"resume={directory}", "min_gain_kept=null"]) == 0
-    assert check_nf4(directory)["gain_kept"] < 0.5
+    assert check_nf4(directory)["gain_kept"] < 0.94
     after = hashes(directory)
     same = [name for name in before if name.endswith((".safetensors", ".ckpt"))]
     assert all(before[name] == after[name] for name in same)
