@@ -30,7 +30,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from qat import bitsandbytes_format
 from qat.adapter_card import adapter_card, merged_card, nf4_card
-from qat.adapters import AdapterConfig, base_bits, trained_modules, trained_rows
+from qat.adapter_config import AdapterConfig
+from qat.adapter_state import base_bits, trained_modules, trained_rows
 from qat.artifact import staged_directory, write_manifest
 from qat.convert import kept_tensors, write_config, write_shards
 from qat.linear_4bit import Linear4bit

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qat.adapter_config import AdapterConfig
 from qat.adapter_files import PREFIX
-from qat.adapters import AdapterConfig, prepare_adapters, trained_rows
+from qat.adapter_state import trained_rows
+from qat.adapters import prepare_adapters
 from qat.bitsandbytes_format import spec_of
 from qat.errors import UserError
 from qat.lora import ADAPTER, LoraLinear

@@ -9,118 +9,29 @@ and one matrix. Everything else is frozen in the dtype in which it is shipped; w
 
 import fnmatch
 import hashlib
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from qat.adapter_config import TAKES_FROM_BASE, AdapterConfig
 from qat.errors import UserError, nearest
-from qat.fake_quant import Quantizer, RoundTo, TrainedRows, WeightFakeQuant
+from qat.fake_quant import RoundTo, TrainedRows, WeightFakeQuant
 from qat.linear_4bit import Linear4bit
 from qat.lora import FrozenLinear, LoraLinear, MergedLinear
-from qat.observers import RangeObserver
-from qat.original import OriginalWeights
+from qat.original import Master, OriginalWeights
 from qat.prepare import KEEP_DTYPES, Coverage, CoverageEntry, plan
 from qat.scheme import Scheme
 from qat_kernels.nf4 import Spec4bit
 
-Initialisation = Literal[
-    "default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "loftq"
-]
-
 WEIGHT_DTYPE = torch.float32
 """Dtype that 4-bit weights are dequantized to before the matmul's dtype. bitsandbytes goes through
 the dtype in the checkpoint while it trains and not while it infers; with fp32 both are the same."""
-
-TAKES_FROM_BASE = ("pissa", "pissa_niter_16", "olora", "loftq")
-"""Initialisations that move a part of the base into the adapter."""
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The frozen base and the adapters on it."""
-
-    base: Literal["nf4", "fp4", "16bit"] = "nf4"
-    """How linear layers of the base are held: 4-bit NormalFloat or float, or as they are."""
-    block_size: int = 64
-    """Weights that share one absmax in the 4-bit base: 32, 64, ... 4096."""
-    double_quant: bool = True
-    """Quantize the absmax values too (8 bits, blocks of 256): 4.13 instead of 4.5 bits."""
-    rank: int = 16
-    """Rank r of the adapters."""
-    alpha: float = 32.0
-    """Adapters are scaled by alpha / r, or alpha / sqrt(r) with rslora."""
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Layers that get an adapter: all-linear (but the head), names such as q_proj, or wildcards."""
-    dropout: float = 0.0
-    """Dropout of the adapters' inputs."""
-    rslora: bool = False
-    """Rank-stabilised scaling (arXiv:2312.03732)."""
-    dora: bool = False
-    """Weight-decomposed adapters (arXiv:2402.09353)."""
-    init: Initialisation = "default"
-    """default (B = 0), gaussian, orthogonal (BA = 0), pissa (arXiv:2404.02948), pissa_niter_16 (the
-    same by a fast SVD), olora (arXiv:2406.01775), loftq (arXiv:2310.08659)."""
-    loftq_iterations: int = 1
-    """Alternations of quantizing and factorising; read only by init=loftq."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the adapters' parameters."""
-    modules_to_save: list[str] = field(default_factory=list)
-    """Modules that are trained as a whole beside the adapters, for example lm_head."""
-    new_tokens: list[str] = field(default_factory=list)
-    """Special tokens to add; their rows of embedding and head are trained."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a value outside its range, or for what has no merged form."""
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank}: at least 1")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha={self.alpha}: a finite number above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: at least 0 and below 1")
-        if self.loftq_iterations < 1:
-            raise ValueError(f"loftq_iterations={self.loftq_iterations}: at least 1")
-        if self.init == "loftq" and self.base == "16bit":
-            raise ValueError("init=loftq: needs a 4-bit base; take base=nf4, or init=pissa")
-        if self.dora and self.init in TAKES_FROM_BASE:
-            raise ValueError(
-                f"dora=true with init={self.init}: the norms would belong to another base; take "
-                "init=default"
-            )
-        if not self.targets:
-            raise ValueError("targets=[]: name layers, or all-linear")
-        tokens = self.new_tokens
-        if len(set(tokens)) < len(tokens) or not all(token.strip() for token in tokens):
-            raise ValueError(f"new_tokens={tokens}: each a text of its own, none empty")
-        self.spec()
-
-    def spec(self) -> Spec4bit | None:
-        """How the base is quantized; None for 16 bit."""
-        if self.base == "16bit":
-            return None
-        return Spec4bit(self.base, self.block_size, self.double_quant)
-
-    def peft(self, targets: list[str] | None = None) -> LoraConfig:
-        """PEFT's configuration, with the resolved ``targets``."""
-        inits = {"default": True, "loftq": True}
-        return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            target_modules=targets,
-            lora_dropout=self.dropout,
-            use_rslora=self.rslora,
-            use_dora=self.dora,
-            init_lora_weights=inits.get(self.init, self.init),
-            task_type="CAUSAL_LM",
-        )
 
 
 @dataclass(frozen=True)
@@ -197,7 +108,7 @@ def prepare_adapters(
             continue
         layer = _layer(build, name, linear, name in targets, linear is head)
         layer.merge_with(
-            _Master(original, f"{name}.weight", layer),
+            Master(original, f"{name}.weight", layer.base_layer),
             entry.weight,
             entry.input,
             scheme.observer,
@@ -213,22 +124,6 @@ def prepare_adapters(
         _train_rows(model, build)
     model.train(False)
     return model, coverage
-
-
-class _Master:
-    """Gives the weight that a layer's adapter is merged onto: the original, read from disk.
-
-    A checkpoint that is already 4-bit has no original: its base is dequantized instead.
-    """
-
-    def __init__(self, original: OriginalWeights, name: str, layer: MergedLinear) -> None:
-        self.original = original
-        self.name = name
-        base, packed = layer.base_layer, original.quantization is not None
-        self.packed = base if isinstance(base, Linear4bit) and packed else None
-
-    def __call__(self) -> Tensor:
-        return self.original.read(self.name) if self.packed is None else self.packed.weight
 
 
 def _layer(
@@ -444,133 +339,3 @@ def saved_names(model: PreTrainedModel, adapter: AdapterConfig, coverage: Covera
             )
         chosen.update(dict.fromkeys(found))
     return list(chosen)
-
-
-# --- what is saved -------------------------------------------------------------------------------
-
-
-def trained_state(model: nn.Module) -> set[str]:
-    """Names in the state dict of what training changes: adapters, saved modules, observers."""
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for owner_name, owner in model.named_modules():
-        if isinstance(owner, Quantizer | RangeObserver):
-            names |= {f"{owner_name}.{leaf}" for leaf in owner._buffers}
-    return names
-
-
-def trained_modules(model: nn.Module) -> dict[str, Tensor]:
-    """Original parameter name → value in fp32, of the modules that train as a whole."""
-    return {
-        f"{owner_name}.{leaf}": held.original.detach()
-        for owner_name, owner in model.named_modules()
-        for leaf, held in _held(owner)
-        if held.original.requires_grad
-    }
-
-
-def trained_rows(model: nn.Module) -> dict[str, TrainedRows]:
-    """Module name → its trained rows; of tied modules the first."""
-    found: dict[int, tuple[str, TrainedRows]] = {}
-    for owner_name, owner in model.named_modules():
-        for _, held in _held(owner):
-            if isinstance(held[0], TrainedRows):
-                found.setdefault(id(held[0]), (owner_name, held[0]))
-    return dict(found.values())
-
-
-def _held(owner: nn.Module) -> list[tuple[str, Any]]:
-    """(parameter's name, its parametrizations) of a module."""
-    if not parametrize.is_parametrized(owner):
-        return []
-    parametrizations: Any = owner.parametrizations
-    return list(parametrizations.items())
-
-
-def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, value) of what training does not change, the initial factors included."""
-    changing = trained_state(model)
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if name not in changing:
-            yield name, value
-
-
-def _merged_onto(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, value) of the weights on disk that adapters are merged onto, one at a time."""
-    for name, module in model.named_modules():
-        if isinstance(module, MergedLinear):
-            master = module.master
-            if not (isinstance(master, _Master) and master.packed is not None):
-                yield f"{name}.master", master()
-
-
-def base_sha256(model: nn.Module) -> str:
-    """Identity of the frozen base: sha256 (hex) over names, shapes and bytes of its tensors.
-
-    The original weights belong to it: rounding to 4 bits hides small differences between them,
-    and the merge at the end does not.
-    """
-    digest = hashlib.sha256()
-    for name, value in chain(sorted(_frozen(model)), _merged_onto(model)):
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        # in fp32, so that the storage dtype does not matter: the values are the same
-        value = value.detach().float() if value.is_floating_point() else value
-        flat = value.cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def summary(model: nn.Module, keep: torch.dtype) -> str:
-    """Two lines on base and adapters, for people."""
-    layers = sum(isinstance(module, LoraLinear) for module in model.modules())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    total += sum(
-        m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)
-    )
-    return (
-        f"base: {base_bits(model, keep):.3f} bits per weight of its linear layers\n"
-        f"adapters: {layers} layers; {trained:,} parameters train, {trained / total:.2%} of the "
-        "model's"
-    )
-
-
-def base_bits(model: nn.Module, keep: torch.dtype) -> float:
-    """Bits per weight of the base's linear layers, absmax values included."""
-    bits = weights = 0.0
-    for module in model.modules():
-        if isinstance(module, MergedLinear):
-            base = module.base_layer
-            count = base.in_features * base.out_features
-            weights += count
-            if isinstance(base, Linear4bit):
-                bits += 8.0 * _buffer_bytes(base)
-            else:
-                bits += 8.0 * keep.itemsize * count
-    return bits / weights
-
-
-def stored_bytes(model: nn.Module, keep: torch.dtype) -> int:
-    """Size of base and adapter together, as they are written."""
-    size = 0
-    for parameter in model.parameters():
-        width = parameter.element_size() if parameter.requires_grad else keep.itemsize
-        size += parameter.numel() * width
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            size += _buffer_bytes(module)
-    return size
-
-
-def _buffer_bytes(layer: Linear4bit) -> int:
-    return sum(buffer.numel() * buffer.element_size() for buffer in layer.buffers())
-
-
-def in_fp32(model: nn.Module) -> None:
-    """Hold what was stored in 16 bit in fp32, for exact measurement; no value changes."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-
-
-def has_adapters(model: nn.Module) -> bool:
-    """Whether the model was made by `prepare_adapters`."""
-    return any(isinstance(module, MergedLinear) for module in model.modules())

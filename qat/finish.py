@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qat import runtime
-from qat.adapters import has_adapters
+from qat.adapter_state import has_adapters
 from qat.artifact import staged_directory, write_manifest
 from qat.artifact_summary import bits_per_weight
 from qat.card import model_card

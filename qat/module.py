@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from qat.adapters import trained_state
+from qat.adapter_state import trained_state
 from qat.errors import UserError
 from qat.fake_quant import observers, set_enabled
 from qat.loss import TokenLoss, forward_logits, loss_sum

@@ -236,3 +236,25 @@ class OriginalWeights:
         for name, buffer in list(model.named_buffers()):
             if name in persistent and name in self:
                 buffer.copy_(self[name])
+
+
+class Master:
+    """Gives the weight that a layer's adapter is merged onto: the original, read from disk.
+
+    A checkpoint that is already 4-bit has no original: its base is dequantized instead.
+
+    Args:
+        original: the model.
+        name: of the weight.
+        base: the layer that holds it.
+    """
+
+    def __init__(self, original: OriginalWeights, name: str, base: nn.Linear) -> None:
+        self.original = original
+        self.name = name
+        packed = original.quantization is not None
+        self.packed = base if isinstance(base, Linear4bit) and packed else None
+
+    def __call__(self) -> Tensor:
+        """The weight [N, K], in the dtype in which it is stored."""
+        return self.original.read(self.name) if self.packed is None else self.packed.weight

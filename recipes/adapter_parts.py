@@ -7,7 +7,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from data.demo import model_path
-from qat.adapters import AdapterConfig, in_fp32, prepare_adapters, trained_state
+from qat.adapter_config import AdapterConfig
+from qat.adapter_state import in_fp32, trained_state
+from qat.adapters import prepare_adapters
 from qat.fake_quant import set_enabled
 from qat.models import BITSANDBYTES, load_config, load_tokenizer
 from qat.original import OriginalWeights

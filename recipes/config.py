@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qat.adapters import AdapterConfig
+from qat.adapter_config import AdapterConfig
 from qat.chat_config import ChatConfig
 from qat.evaluate import EvaluateConfig
 from qat.loggers import WandbConfig
@@ -260,6 +260,12 @@ class AdapterBenchmarkConfig(BenchmarkConfig):
             raise ValueError("batch_size: at least 1, and seq_len: at least 2")
         if not self.contestants:
             raise ValueError("contestants=[]: name ours, peft or merged")
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(self.shape, name) % 64:
+                raise ValueError(
+                    f"shape.{name}={getattr(self.shape, name)}: a multiple of 64; on CPUs with "
+                    "AVX-512, bitsandbytes 0.50 takes wrong scales for rows that end within a block"
+                )
         adapter = self.adapter
         if adapter.base == "16bit" or adapter.block_size != 64:
             raise ValueError(

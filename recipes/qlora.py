@@ -11,7 +11,7 @@ from lightning import seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qat.adapter_files import AdapterFiles, reload_nf4
-from qat.adapters import base_sha256, in_fp32, stored_bytes, summary
+from qat.adapter_state import base_sha256, in_fp32, stored_bytes, summary
 from qat.compressed_tensors import layout
 from qat.config import to_yaml
 from qat.fake_quant import set_enabled

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qat.adapter_config import AdapterConfig
 from qat.adapter_files import AdapterFiles, reload_nf4
-from qat.adapters import AdapterConfig, base_sha256, in_fp32, prepare_adapters
+from qat.adapter_state import base_sha256, in_fp32
+from qat.adapters import prepare_adapters
 from qat.fake_quant import set_enabled
 from qat.linear_4bit import Linear4bit
 from qat.lora import LoraLinear

@@ -10,18 +10,18 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qat.adapters import (
-    AdapterConfig,
+from qat.adapter_config import AdapterConfig
+from qat.adapter_state import (
     base_bits,
     base_sha256,
     has_adapters,
     in_fp32,
-    prepare_adapters,
     stored_bytes,
     trained_modules,
     trained_rows,
     trained_state,
 )
+from qat.adapters import prepare_adapters
 from qat.errors import UserError
 from qat.fake_quant import observers, set_enabled
 from qat.linear_4bit import Linear4bit
@@ -430,7 +430,9 @@ def test_initial_factors_depend_on_seed_and_name_alone(tmp_path):
 
 HASH = """
 import sys, torch
-from qat.adapters import AdapterConfig, base_sha256, prepare_adapters
+from qat.adapter_state import base_sha256
+from qat.adapter_config import AdapterConfig
+from qat.adapters import prepare_adapters
 from qat.original import OriginalWeights
 from qat.scheme import Scheme
 original = OriginalWeights(sys.argv[1])

@@ -4,7 +4,8 @@ import psutil
 import pytest
 import torch
 
-from qat.adapters import AdapterConfig, prepare_adapters
+from qat.adapter_config import AdapterConfig
+from qat.adapters import prepare_adapters
 from qat.memory import (
     RUNTIME_BYTES,
     MemoryMeter,

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from qat.adapters import AdapterConfig, prepare_adapters
+from qat.adapter_config import AdapterConfig
+from qat.adapters import prepare_adapters
 from qat.errors import UserError
 from qat.linear_4bit import Linear4bit
 from qat.original import OriginalWeights
@@ -298,7 +299,8 @@ def test_another_data_type_than_the_checkpoints_is_refused(tmp_path):
 
 MEASURE = """
 import sys, threading, time, torch
-from qat.adapters import AdapterConfig, prepare_adapters
+from qat.adapter_config import AdapterConfig
+from qat.adapters import prepare_adapters
 from qat.original import OriginalWeights
 from qat.scheme import Scheme
 

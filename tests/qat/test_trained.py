@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qat.adapters import AdapterConfig, prepare_adapters
+from qat.adapter_config import AdapterConfig
+from qat.adapters import prepare_adapters
 from qat.fake_quant import set_enabled
 from qat.original import OriginalWeights
 from qat.prepare import prepare

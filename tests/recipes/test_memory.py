@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from qat.adapters import base_sha256
+from qat.adapter_state import base_sha256
 from qat.config import load
 from qat.finish import finish
 from qat.loggers import Loggers
