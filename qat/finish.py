@@ -6,7 +6,7 @@ anywhere in here leaves no artifact and does this part again when it is resumed.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from qat.evaluate import Quality, Reference, measure
 from qat.fake_quant import set_enabled
 from qat.fidelity import FidelityError, check_logits, compare
 from qat.generate import sample
-from qat.memory import peak_memory_bytes
+from qat.memory import MemoryMeter, Prediction, peak_memory_bytes
 from qat.module import quantization_error
 from qat.packed_layers import Int8Linear, PackedLinear
 from qat.packing import Batch
@@ -42,19 +42,26 @@ class GainError(RuntimeError):
 
 
 class Stopwatch:
-    """Seconds by phase."""
+    """Seconds by phase, and with a meter the peak memory of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: MemoryMeter | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.memory = memory
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the block to ``name``."""
         start = time.perf_counter()
         try:
-            yield
+            with nullcontext() if self.memory is None else self.memory.phase(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def peak(self) -> int:
+        """Peak memory, bytes: growth since the meter was made, else of the whole process."""
+        return peak_memory_bytes() if self.memory is None else self.memory.peak
 
 
 @dataclass(frozen=True)
@@ -117,8 +124,8 @@ class Result:
     """Whether the prompt is a user's turn in the tokenizer's chat template."""
     data_summary: dict[str, Any] | None = field(default=None, kw_only=True)
     """What was read of instruction data, for the report."""
-    predicted_memory_bytes: int
-    """Predicted peak of one training process."""
+    prediction: Prediction | None = field(default=None, kw_only=True)
+    """What was predicted of memory and disk."""
     adapters: "AdapterResult | None" = None
     """What there is to say of adapters; None for a model that was trained whole."""
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -178,14 +185,36 @@ def finish(result: Result) -> Report:
             adapter=result.adapters.facts if result.adapters else None,
             packed=frozenset(measured.packed),
             nf4=measured.nf4,
-            peak_memory_bytes=peak_memory_bytes(),
-            predicted_memory_bytes=result.predicted_memory_bytes,
+            peak_memory_bytes=watch.peak,
+            predicted_memory_bytes=result.prediction.memory if result.prediction else None,
+            memory=_memory(result),
             data_fingerprint=result.data_fingerprint,
             data_summary=result.data_summary,
         )
         _describe(result, report, staging)
     write_report(report, result.run)
     return report
+
+
+FINISH_PHASES = ("write", "convert", "check", "evaluate")
+"""Phases after training; all others belong to it."""
+
+
+def _memory(result: Result) -> dict[str, dict[str, int]]:
+    """Peaks of training and finish in host memory, predicted and measured, bytes."""
+    meter, prediction = result.watch.memory, result.prediction
+    if meter is None or prediction is None:
+        return {}
+    after = prediction.phases["finish"]
+    before = max(value for name, value in prediction.phases.items() if name != "finish")
+    measured: dict[str, int] = {}
+    for name, value in meter.host.items():
+        phase = "finish" if name in FINISH_PHASES else "train"
+        measured[phase] = max(value, measured.get(phase, 0))
+    return {
+        "train": {"predicted": before, "measured": measured.get("train", 0)},
+        "finish": {"predicted": after, "measured": measured.get("finish", 0)},
+    }
 
 
 def _describe(result: Result, report: Report, staging: Path) -> None:

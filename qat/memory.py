@@ -42,9 +42,6 @@ SMALLEST_8BIT = 4096
 """Values below which bitsandbytes keeps a parameter's state in fp32."""
 BLOCK_8BIT = 256
 """Values that share one fp32 absmax in an 8-bit state."""
-RUNTIME_BYTES = 40 << 20
-"""What loops, libraries loaded on first use and the matmuls' thread buffers take beside tensors:
-growth of a training run of a model of 40,000 parameters (measured, torch 2.13 on two cores)."""
 CHECKPOINT_COPIES = 1
 """Copies of a checkpoint in memory while it is saved: Lightning collects all of it before it writes
 (``_atomic_save`` of lightning 2.6)."""
@@ -57,6 +54,9 @@ fixed. Left alone it grows to 32 MiB, and what glibc then keeps was 15 % of the 
 training and 23 % of QAT (112 M parameters, 512 tokens); the page faults cost about 2 % of a step."""
 TRIM_THRESHOLD = 32 << 20
 """Free memory that the heap may keep at its end, so that small tensors cost no system calls."""
+RUNTIME_BYTES = (8 << 20) + TRIM_THRESHOLD
+"""Beside tensors: 8 MiB for loops and for libraries loaded on first use (measured: what training a
+model of 150,000 parameters adds to its tensors), and what the heap keeps."""
 
 
 def optimizer_bytes(model: nn.Module, optim: OptimConfig) -> int:

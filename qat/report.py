@@ -74,9 +74,9 @@ class Report:
     timing: dict[str, float]
     """Seconds by phase, of this process."""
     peak_memory_bytes: int
-    """Measured peak."""
-    predicted_memory_bytes: int
-    """Predicted peak of one training process."""
+    """Measured peak: growth since before the model was loaded."""
+    predicted_memory_bytes: int | None
+    """Predicted peak, the larger of training and finish."""
     data_fingerprint: str
     """Identifies the training text."""
     packed: frozenset[str]
@@ -85,6 +85,8 @@ class Report:
     """What was read of instruction data: format, template, rows left out, packing."""
     nf4: str = ""
     """Result of comparing ``nf4/``, read by plain bitsandbytes and PEFT, with the trained model."""
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Predicted and measured peaks of host memory in training and in the finish, bytes."""
     adapter: dict[str, Any] | None = None
     """Facts on the adapters, of a run that trained them."""
     environment: dict[str, Any] = field(default_factory=lambda: environment())
@@ -132,6 +134,7 @@ class Report:
             "timing": self.timing,
             "peak_memory_bytes": self.peak_memory_bytes,
             "predicted_memory_bytes": self.predicted_memory_bytes,
+            "memory": self.memory,
             "data_fingerprint": self.data_fingerprint,
             "environment": self.environment,
             "sample": self.sample,
@@ -258,8 +261,13 @@ def write_report(report: Report, run: Path) -> None:
         "## Run",
         "",
         *[f"- {name}: {seconds:.1f} s" for name, seconds in report.timing.items()],
-        f"- peak memory: {report.peak_memory_bytes / 2**20:,.0f} MiB for the whole process "
-        f"(predicted for training alone: {report.predicted_memory_bytes / 2**20:,.0f} MiB)",
+        f"- peak memory: {report.peak_memory_bytes / 2**20:,.0f} MiB more than before the model "
+        "was loaded",
+        *[
+            f"- peak of {phase}: {peak['measured'] / 2**20:,.0f} MiB of RAM, predicted "
+            f"{peak['predicted'] / 2**20:,.0f} MiB"
+            for phase, peak in report.memory.items()
+        ],
         f"- environment: {json.dumps(report.environment)}",
         "",
     ]

@@ -32,11 +32,8 @@ import math
 import multiprocessing
 import statistics
 import tempfile
-import time
-import warnings
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -44,25 +41,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qat.adapters import prepare_adapters, target_names
+from qat.adapters import prepare_adapters
 from qat.fake_quant import set_enabled
 from qat.linear_4bit import Linear4bit
 from qat.lora import LoraLinear
-from qat.loss import TokenLoss
 from qat.memory import MemoryMeter, RunPlan, predict, release
-from qat.optim import build_optimizer
 from qat.original import OriginalWeights
-from qat.packing import Batch
-from qat.prepare import KEEP_DTYPES
 from qat.report import environment
 from qat.training import TrainerConfig
 from recipes.config import AdapterBenchmarkConfig, Contestant
+from recipes.contestants import Entrant, build, build_all, device_of, storage_of
 from recipes.random_model import write_random_model
 
 WARM_UP = 2
@@ -72,8 +63,8 @@ PEER = "base_model.model."
 BF16_LOSS_TOLERANCE = 2.0**-11
 """Relative. Stated, not derived: the rounding errors of single tokens cancel in the mean. On four
 random layers equals differed by less than 1e-7, and a peer on fp4 instead of nf4 by 7e-4."""
-BF16_GRADIENT_TOLERANCE = 0.1
-"""Norm of the difference by norm. Stated, as above: equals 0.004, fp4 instead of nf4 0.4."""
+BF16_GRADIENT_TOLERANCE = 0.05
+"""Norm of the difference by norm. Stated, as above: equals 0.004, fp4 instead of nf4 0.2 to 0.5."""
 
 
 def run(config: AdapterBenchmarkConfig) -> None:
@@ -112,25 +103,13 @@ def run(config: AdapterBenchmarkConfig) -> None:
     print(f"\n{table(result)}")
     if output is not None:
         text = json.dumps(result, indent=2) + "\n"
-        (output / f"{config.recipe or 'benchmark_qlora'}.json").write_text(text, "utf-8")
+        (output / "benchmark_qlora.json").write_text(text, "utf-8")
     if check is not None and not check["equal"]:
         raise RuntimeError("ours and peft do not compute the same: their figures do not compare")
 
 
 def _both(kinds: list[Contestant]) -> bool:
     return {"ours", "peft"} <= set(kinds)
-
-
-def device_of(config: AdapterBenchmarkConfig) -> torch.device:
-    """Where the run computes."""
-    if config.device == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return torch.device(config.device, 0) if config.device == "cuda" else torch.device("cpu")
-
-
-def _storage(config: AdapterBenchmarkConfig) -> torch.dtype:
-    """Dtype of what is not 4-bit, for all contestants."""
-    return torch.float32 if config.precision == "32-true" else KEEP_DTYPES[config.scheme.keep_dtype]
 
 
 def _environment() -> dict[str, Any]:
@@ -142,145 +121,6 @@ def _environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             found["versions"][package] = "not installed"
     return found
-
-
-# --- contestants ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """One contestant, ready to train."""
-
-    model: nn.Module
-    """In training mode."""
-    mean_loss: Callable[[], Tensor]
-    """Mean token loss of the batch in nats, fp32 scalar."""
-    optimizer: Optimizer
-    config: AdapterBenchmarkConfig
-    """The run's."""
-    merged: bool | None = None
-    """Which form our layers compute in; None for the peer."""
-
-    def loss(self) -> Tensor:
-        """The same, in the run's arithmetic."""
-        device = device_of(self.config).type
-        with torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16-mixed"):
-            return self.mean_loss()
-
-    def step(self) -> float:
-        """One optimizer step; seconds."""
-        if self.merged is not None:
-            set_enabled(self.model, self.merged)
-        _synchronize()
-        start = time.perf_counter()
-        self.loss().backward()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        torch.nn.utils.clip_grad_norm_(trained, self.config.optim.clip_norm or torch.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        _synchronize()
-        return time.perf_counter() - start
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def build_all(
-    config: AdapterBenchmarkConfig, model: Path, kinds: list[Contestant]
-) -> dict[Contestant, Entrant]:
-    """The contestants; ours and merged are two forms of one model, which is built once."""
-    entrants: dict[Contestant, Entrant] = {}
-    ours: Entrant | None = None
-    for kind in kinds:
-        if kind == "peft":
-            entrants[kind] = build(config, model, kind)
-        else:
-            ours = ours or build(config, model, kind)
-            entrants[kind] = replace(ours, merged=kind == "merged")
-    return entrants
-
-
-def build(config: AdapterBenchmarkConfig, model: Path, kind: Contestant) -> Entrant:
-    """One contestant, from the files of the random model."""
-    batch = _batch(config)
-    if kind == "peft":
-        peer = _peer(config, model)
-        # the model shifts the labels itself
-        inputs = {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
-        return Entrant(
-            peer, lambda: peer(**inputs).loss, build_optimizer(peer, config.optim), config
-        )
-    original = OriginalWeights(str(model))
-    ours, _ = prepare_adapters(
-        original, config.adapter, config.scheme, config.seed, _storage(config), device_of(config)
-    )
-    _recompute(ours, config)
-    ours.train()
-    token_loss = TokenLoss(config.loss_chunk)
-    targets = int((batch["labels"] != -100).sum())
-    return Entrant(
-        ours,
-        lambda: token_loss(ours, batch) / targets,
-        build_optimizer(ours, config.optim),
-        config,
-        merged=kind == "merged",
-    )
-
-
-def _peer(config: AdapterBenchmarkConfig, model: Path) -> nn.Module:
-    """As the users of transformers, PEFT and bitsandbytes write it."""
-    adapter, device = config.adapter, device_of(config)
-    bf16 = config.precision == "bf16-mixed"
-    base = AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype=_storage(config),
-        device_map={"": device},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=adapter.base,
-            bnb_4bit_use_double_quant=adapter.double_quant,
-            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
-        ),
-    )
-    if device.type == "cpu":
-        layer_type = import_module("bitsandbytes").nn.Linear4bit
-        for layer in base.modules():
-            if isinstance(layer, layer_type):
-                layer.support_avx512bf16_for_cpu = False
-    _recompute(base, config)
-    # the very names, so that both have the same adapters
-    targets = target_names(OriginalWeights(str(model)).skeleton(), adapter)
-    with warnings.catch_warnings():
-        # peft 0.21 asks by a name that transformers 5.23 calls old
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        peer: nn.Module = get_peft_model(base, adapter.peft(targets))
-    return peer.train()
-
-
-def _recompute(model: Any, config: AdapterBenchmarkConfig) -> None:
-    """Switch activation checkpointing on, if asked for."""
-    if config.activation_checkpointing:
-        # renamed in transformers 5.2x; the old name warns there
-        name = "activation_checkpointing_enable"
-        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-
-
-def _batch(config: AdapterBenchmarkConfig) -> Batch:
-    """Full blocks of one document each; the last position of a block has no target."""
-    device, size = device_of(config), (config.batch_size, config.seq_len)
-    generator = torch.Generator().manual_seed(config.seed)
-    tokens = torch.randint(config.shape.vocab_size, size, generator=generator).to(device)
-    labels = tokens.roll(-1, 1)
-    labels[:, -1] = -100
-    return {
-        "input_ids": tokens,
-        "labels": labels,
-        "position_ids": torch.arange(config.seq_len, device=device).expand(size),
-        "segment_ids": torch.ones_like(tokens, dtype=torch.int32),
-    }
 
 
 # --- the comparison ------------------------------------------------------------------------------
@@ -431,7 +271,7 @@ def _predicted(config: AdapterBenchmarkConfig, model: Path, kind: Contestant) ->
         max_steps=WARM_UP,
         trainer=trainer,
         optim=config.optim,
-        storage=_storage(config),
+        storage=storage_of(config),
         merges=kind == "merged",
     )
     prediction = predict(ours, coverage, plan)

@@ -120,7 +120,6 @@ def new_result(
         calibration=[],
         data_fingerprint=data.fingerprint(),
         prompt=config.prompt,
-        predicted_memory_bytes=0,
         chat=data.chat is not None,
         data_summary=data.chat_summary(),
         watch=watch,

@@ -12,7 +12,7 @@ from qat.compressed_tensors import layout
 from qat.config import to_yaml
 from qat.finish import Stopwatch
 from qat.loggers import Loggers
-from qat.memory import Prediction, RunPlan, predict
+from qat.memory import MemoryMeter, Prediction, RunPlan, predict, release
 from qat.models import load_config, load_model, load_tokenizer, meta_model
 from qat.packing import check_packing
 from qat.prepare import KEEP_DTYPES, Coverage, prepare
@@ -60,7 +60,7 @@ def train(config: TrainConfig, directory: Path) -> None:
     tokenizer = load_tokenizer(path, load_config(path).get_text_config().vocab_size)
     _, prediction = foresee(config)
     seed_everything(config.seed, verbose=False)
-    watch = Stopwatch()
+    watch = Stopwatch(MemoryMeter())
     with watch.phase("data"):
         data = new_data(config, tokenizer)
         check_model(config)
@@ -78,13 +78,15 @@ def train(config: TrainConfig, directory: Path) -> None:
         calibrate(model, calibration)
         module = new_module(config, model)
         fit(module, data, config.trainer, checkpoints / "qat", loggers.phase("qat"))
+    del module
+    release(model)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if not is_rank_zero():
         return
     result = new_result(config, directory, data, tokenizer, model, coverage, watch)
     result.calibration = calibration
-    result.predicted_memory_bytes = prediction.memory
+    result.prediction = prediction
     if config.finetunes:
         result.load_finetuned = lambda: finetuned(config, checkpoints / "finetune")
     finish_run(result, loggers)

@@ -17,7 +17,7 @@ from qat.config import to_yaml
 from qat.fake_quant import set_enabled
 from qat.finish import AdapterResult, Stopwatch
 from qat.loggers import Loggers
-from qat.memory import Prediction, RunPlan, predict
+from qat.memory import MemoryMeter, Prediction, RunPlan, predict, release
 from qat.models import load_model
 from qat.packing import check_packing
 from qat.prepare import Coverage
@@ -74,7 +74,7 @@ def train(config: AdapterRunConfig, directory: Path) -> None:
     parts = Parts.load(config)
     *_, prediction = foresee(parts)
     seed_everything(config.seed, verbose=False)
-    watch = Stopwatch()
+    watch = Stopwatch(MemoryMeter())
     with watch.phase("data"):
         data = new_data(config, parts.tokenizer, config.chat)
         if data.chat is not None:
@@ -102,6 +102,8 @@ def train(config: AdapterRunConfig, directory: Path) -> None:
             calibrate(model, calibration)
         module = new_module(config, model, config.plain_steps, sha256)
         fit(module, data, config.trainer, checkpoints / "adapter", loggers.phase("adapter"))
+    del module
+    release(model)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if not is_rank_zero():
@@ -112,7 +114,7 @@ def train(config: AdapterRunConfig, directory: Path) -> None:
         calibrate(model, calibration)
     result = new_result(config, directory, data, parts.tokenizer, model, coverage, watch)
     result.calibration = calibration
-    result.predicted_memory_bytes = prediction.memory
+    result.prediction = prediction
     result.load_original = parts.original.load
     if config.finetunes:
         result.load_finetuned = lambda: parts.finetuned(checkpoints / "finetune" / "last.ckpt")
