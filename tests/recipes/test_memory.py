@@ -150,10 +150,9 @@ def _run(kind: str, words: list[str], model: Path, run: Path) -> Measured:
             finish(result)
         disk.append(_bytes(run / "checkpoints") + _bytes(run / "artifact"))
     predicted = prediction.phases | {"disk": prediction.disk}
-    measured = {name: meter.host[name] for name in meter.host if name not in ("load", "save")}
-    # saving is a part of training: what counts is the larger peak of the two
-    predicted["train"] = max(predicted["train"], predicted["save"])
-    measured["train"] = max(measured["train"], meter.host["save"])
+    measured = {name: size for name, size in meter.host.items() if name != "load"}
+    if measured["save"] < measured["train"]:
+        del measured["save"]  # not a peak, so nobody needs it
     if not finishes:
         # ends without an artifact, so only the moment of saving can be compared
         predicted["disk"] = 2 * (prediction.gradients + prediction.optimizer)

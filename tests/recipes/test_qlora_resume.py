@@ -202,6 +202,7 @@ def test_killed_on_the_plain_base(setup: list[str], plain: Path, tmp_path: Path)
     assert_same(directory, plain)
 
 
+@pytest.mark.slow
 def test_killed_static_ranges(
     setup: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ):
@@ -234,7 +235,6 @@ def flip(model: Path, name: str, change: float) -> None:
         ("model.layers.1.mlp.up_proj.weight", 1.0),
         # too little for another 4-bit code; what is merged and shipped would be another weight
         ("model.layers.1.mlp.up_proj.weight", 1e-6),
-        ("model.norm.weight", 1.0),
     ],
 )
 def test_another_base(
