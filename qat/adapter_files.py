@@ -15,6 +15,7 @@ small update (of the gain of one whose norm is 2.8 % of the weights', 12 % is le
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -31,7 +32,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from qat import bitsandbytes_format
 from qat.adapter_card import adapter_card, merged_card, nf4_card
 from qat.adapter_config import AdapterConfig
-from qat.adapter_state import base_bits, trained_modules, trained_rows
+from qat.adapter_state import base_bits, codes_sha256, trained_modules, trained_rows
 from qat.artifact import staged_directory, write_manifest
 from qat.convert import kept_tensors, write_config, write_shards
 from qat.linear_4bit import Linear4bit
@@ -110,10 +111,13 @@ class AdapterFiles:
         for name, layer in layers.items():
             a, b, alpha = _factors(layer, on_original)
             config.r, config.lora_alpha = a.shape[0], alpha
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = a
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = b
+            # training is over and the model in fp32, but the values are of the adapter's dtype
+            dtype = getattr(torch, self.adapter.dtype)
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = a.to(dtype)
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = b.to(dtype)
             if layer.magnitude is not None:
-                tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude
+                vector = layer.magnitude.to(dtype)
+                tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = vector
         modules = trained_modules(self.model)
         config.modules_to_save = sorted({n.rpartition(".")[0] for n in modules}) or None
         ties = self.model.all_tied_weights_keys
@@ -127,6 +131,8 @@ class AdapterFiles:
                 key = f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
                 tensors[key] = added.values.to(self.keep)
         identity = {"base_model": self.original.model, **self.identity()}
+        if not on_original:
+            identity["codes_sha256"] = codes_sha256(self.model)
         stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         path = directory / "adapter_model.safetensors"
         # one entry: safetensors writes several in varying order, and runs should repeat to the bit
@@ -266,6 +272,9 @@ def reload_nf4(directory: Path) -> PreTrainedModel:
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = torch.float32
             module.compute_type_is_set = True
-    peft_model = PeftModel.from_pretrained(model, str(directory / "adapter"))
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by a name that is being retired
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        peft_model = PeftModel.from_pretrained(model, str(directory / "adapter"))
     reloaded: PreTrainedModel = peft_model.base_model.model
     return reloaded.eval()

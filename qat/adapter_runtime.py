@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 from qat.adapter_config import AdapterConfig
 from qat.adapter_files import PREFIX
-from qat.adapter_state import trained_rows
+from qat.adapter_state import codes_sha256, trained_rows
 from qat.adapters import prepare_adapters
 from qat.bitsandbytes_format import spec_of
 from qat.errors import UserError
 from qat.lora import ADAPTER, LoraLinear
 from qat.original import OriginalWeights
 from qat.scheme import Scheme
+from qat.tensor_files import read_json
 
 KEEP_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
@@ -47,6 +48,12 @@ def load_nf4(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTr
     model, _ = prepare_adapters(
         original, _config(original, peft), scheme, 0, dtype, device, new_rows=rows
     )
+    facts = read_json(folder / "base.json")
+    if facts.get("codes_sha256") != codes_sha256(model):
+        raise UserError(
+            f"{folder}: this adapter was trained on another 4-bit base (sha256 of its codes in "
+            "base.json); put the adapter's own nf4/ beside it"
+        )
     _fill(model, tensors, folder)
     # the adapter's parameters in the dtype of the activations, as PEFT loads them
     for parameter in model.parameters():
@@ -96,4 +103,9 @@ def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> N
         odd = sorted(places.keys() ^ tensors.keys())
         raise UserError(f"{folder}: does not fit the base; {odd[0]} is on one side only")
     for name, place in places.items():
+        if place.shape != tensors[name].shape:
+            raise UserError(
+                f"{folder}: does not fit the base; {name} is {tuple(tensors[name].shape)}, not "
+                f"{tuple(place.shape)}"
+            )
         place.data.copy_(tensors[name])

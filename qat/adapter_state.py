@@ -85,6 +85,17 @@ def base_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def codes_sha256(model: nn.Module) -> str:
+    """Identity of the 4-bit codes and statistics alone, which `nf4/` holds as they are."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            for leaf, value in module.named_buffers():
+                digest.update(f"{name}.{leaf} {tuple(value.shape)}\n".encode())
+                digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def summary(model: nn.Module, keep: torch.dtype) -> str:
     """Two lines on base and adapters, for people."""
     layers = sum(isinstance(module, LoraLinear) for module in model.modules())

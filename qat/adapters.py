@@ -9,7 +9,8 @@ and one matrix. Everything else is frozen in the dtype in which it is shipped; w
 
 import fnmatch
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,6 +97,13 @@ def prepare_adapters(
     # names are resolved before anything is read
     targets = set(target_names(model, adapter))
     saved = saved_names(model, adapter, coverage)
+    named = [t for t in adapter.targets if t != "all-linear"]
+    both = [name for name in saved if any(_matches(name, target) for target in named)]
+    if both:
+        raise UserError(
+            f"adapter.targets and adapter.modules_to_save both name {both[0]!r}: a module trains "
+            "as a whole or through an adapter; take it out of one of them"
+        )
     entries = {entry.name: entry for entry in coverage.entries}
     head = model.get_output_embeddings()
     model.requires_grad_(False)
@@ -149,26 +157,55 @@ def _layer(
         linear.bias = nn.Parameter(bias, requires_grad=False)
     if not adapted:
         return FrozenLinear(_base(build, linear, weight, spec, packed))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(_digest(f"{build.seed}/{name}".encode())[:7], "little"))
-        dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-        # a copy: some initialisations write into it
-        dense.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
-        # factors of a matrix that is not there cannot be made
-        adapter = build.adapter if build.load else replace(build.adapter, init="default")
-        layer = LoraLinear(dense, adapter.peft())
-    if build.adapter.init == "loftq" and build.load:
-        assert spec is not None
-        _loftq(layer, weight.float(), spec, build)
-    if build.adapter.init in TAKES_FROM_BASE:
-        layer.remember_initial()
-        weight = dense.weight.detach()
+    layer, weight = _adapter(build, name, weight, spec)
     layer.base_layer = _base(build, linear, weight, spec, packed)
     if build.adapter.dtype == "bfloat16":
         for parameter in layer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return layer
+
+
+def _adapter(
+    build: _Build, name: str, weight: Tensor, spec: Spec4bit | None
+) -> tuple[LoraLinear, Tensor]:
+    """The initialised adapter of a layer, and what its initialisation left of the weight."""
+    adapter, rank = build.adapter, build.adapter.rank
+    takes = adapter.init in TAKES_FROM_BASE
+    if takes and rank > min(weight.shape):
+        raise UserError(
+            f"adapter.rank={rank}: adapter.init={adapter.init} takes that many directions of "
+            f"{name}, which has {min(weight.shape)}; lower the rank, or take adapter.init=default"
+        )
+    n, k = weight.shape
+    # factors depend on the order of additions, and a resumed run may have other threads
+    with torch.random.fork_rng(devices=[]), _one_thread(takes):
+        torch.manual_seed(int.from_bytes(_digest(f"{build.seed}/{name}".encode())[:7], "little"))
+        dense = nn.Linear(k, n, bias=False, device="meta")
+        # a copy: some initialisations write into it
+        dense.weight = nn.Parameter(weight.to(torch.float32, copy=takes), requires_grad=False)
+        # factors of a matrix that is not there cannot be made
+        adapter = adapter if build.load else replace(adapter, init="default")
+        layer = LoraLinear(dense, adapter.peft())
+        if adapter.init == "loftq":
+            assert spec is not None
+            _loftq(layer, weight.float(), spec, build)
+    if not takes:
+        return layer, weight
+    layer.remember_initial()
+    return layer, dense.weight.detach()
+
+
+@contextmanager
+def _one_thread(on: bool) -> Iterator[None]:
+    """Compute the block with one thread, if ``on``."""
+    threads = torch.get_num_threads()
+    if on:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _base(

@@ -44,9 +44,7 @@ def model_card(report: Report, licence: str | None) -> str:
             "model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)",
             "```",
             "",
-            "Loading needs the package compressed-tensors. In fp32 the logits are those of the "
-            f"{'trained' if 'trained' in report.packed else 'merged and quantized'} module bit "
-            "for bit; in bf16 they are rounded as the `served` row shows.",
+            "Loading needs the package compressed-tensors. " + _exactness(report),
             "",
             "## Quality",
             "",
@@ -80,6 +78,16 @@ def model_card(report: Report, licence: str | None) -> str:
             "files) is in manifest.json.",
             "",
         ]
+    )
+
+
+def _exactness(report: Report) -> str:
+    module = "trained" if "trained" in report.packed else "merged and quantized"
+    if report.fidelity.logits != "equal":
+        return f"Logits were not compared with the {module} module's."
+    return (
+        f"In fp32 the logits are those of the {module} module bit for bit; in bf16 they are "
+        "rounded as the `served` row shows."
     )
 
 

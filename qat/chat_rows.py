@@ -155,7 +155,7 @@ def _no_format(
 ) -> str:
     wanted = [config.messages_column, "conversations", "instruction", config.prompt_column]
     wanted += [config.completion_column, "output", text_column]
-    hints = [did_you_mean(name, columns) for name in dict.fromkeys(wanted)]
+    hints = [did_you_mean(name, columns) for name in dict.fromkeys(wanted) if name not in columns]
     hint = next((hint for hint in hints if hint), "")
     return (
         f"chat.format=auto: {key}={path} has the columns {', '.join(columns) or '(none)'}; known "

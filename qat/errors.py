@@ -2,7 +2,7 @@
 
 ====  ==========================================================================
 0     done
-1     the run failed: the traceback is printed (a full disk gets one message)
+1     the run failed: the traceback is printed (a full disk and too little memory get one message)
 2     the input is wrong: one message, no traceback unless ``QAT_DEBUG=1``
 130   interrupted by Ctrl+C: one line says how to go on
 ====  ==========================================================================
@@ -85,6 +85,9 @@ def run_main(fn: Callable[[], int | None]) -> int:
             return 1
         if _disk_is_full(error):
             _say(_disk_message(error), error)
+        elif is_out_of_memory(error):
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _say(f"error: out of memory ({first}). What was saved is kept.", error)
         else:
             traceback.print_exc()
         return 1
@@ -125,6 +128,16 @@ def _disk_is_full(error: BaseException) -> bool:
     return any(
         (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT))
         or "No space left on device" in str(link)
+        for link in _chain(error)
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, in RAM or on a device; torch's errors have no common class."""
+    return any(
+        isinstance(link, MemoryError)
+        or type(link).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(link)
         for link in _chain(error)
     )
 

@@ -218,6 +218,30 @@ def _logit_difference(
     return float(worst), blocks
 
 
+def check_merged(
+    trained: PreTrainedModel, coverage: Coverage, merged: PreTrainedModel, dtype: torch.dtype
+) -> None:
+    """Compare the weights of ``merged/``, as reloaded, with the merged ones rounded to ``dtype``.
+
+    Raises:
+        FidelityError: they differ.
+    """
+    found = dict(merged.named_parameters(remove_duplicate=False))
+    problems = [
+        f"merged/: {name} differs after reloading"
+        for name, value in merged_weights(trained, coverage)
+        if name in found and not torch.equal(found[name], value.to(dtype).to(found[name].dtype))
+    ]
+    _raise_for(problems)
+
+
+def merged_weights(trained: PreTrainedModel, coverage: Coverage) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of all weights of the merged form, one at a time."""
+    for item in quantized_parameters(trained):
+        yield item.name, item.weight
+    yield from kept_tensors(trained, coverage)
+
+
 def check_logits(
     trained: PreTrainedModel, reloaded: PreTrainedModel, batches: Sequence[Batch], what: str
 ) -> None:
@@ -252,7 +276,8 @@ def compare(
         FidelityError: something differs.
     """
     matrices = _check_files(artifact, trained, coverage)
-    need = sum(parameter.numel() for parameter in trained.parameters()) * 4 * 1.25
+    # by the coverage: a frozen 4-bit base holds its weights in buffers of half a byte each
+    need = sum(entry.numel for entry in coverage.entries) * 4 * 1.25
     free = psutil.virtual_memory().available
     if need > free:
         why = f"not compared: needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"

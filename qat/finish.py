@@ -4,6 +4,8 @@ All of it happens in a staging directory that is renamed when it is complete, so
 anywhere in here leaves no artifact and does this part again when it is resumed.
 """
 
+import gc
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,9 +25,10 @@ from qat.convert import write_checkpoint
 from qat.errors import UserError
 from qat.evaluate import Quality, Reference, measure
 from qat.fake_quant import set_enabled
-from qat.fidelity import FidelityError, check_logits, compare
+from qat.fidelity import FidelityError, check_logits, check_merged, compare
 from qat.generate import sample
-from qat.memory import MemoryMeter, Prediction, peak_memory_bytes
+from qat.memory import Prediction
+from qat.memory_meter import MemoryMeter, peak_memory_bytes
 from qat.module import quantization_error
 from qat.packed_layers import Int8Linear, PackedLinear
 from qat.packing import Batch
@@ -82,6 +85,8 @@ class AdapterResult:
     """Why that reader computes another model on this kind of machine, or None."""
     load_merged: Load | None
     """Loads ``merged/``, fp32."""
+    outputs: Sequence[str]
+    """Names of what was written beside the artifact."""
     facts: dict[str, Any]
     """For the report: rank, parameters, hash of the base."""
 
@@ -142,6 +147,18 @@ class Result:
         return model.eval()
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the outputs come from, for their manifests."""
+        return {
+            "recipe": self.recipe,
+            "model": self.model,
+            "data": self.data,
+            "data_fingerprint": self.data_fingerprint,
+            "config": self.config,
+            "environment": environment(),
+        }
+
+    @property
     def trained_is_artifact(self) -> bool:
         """Whether the last step computed with the weights that are shipped."""
         return self.adapters is None or self.adapters.trained_merged
@@ -168,6 +185,7 @@ def finish(result: Result) -> Report:
             measured.plain_rows()
             measured.packed_rows(reloaded)
             del reloaded
+            gc.collect()  # models that were prepared or reloaded are cycles: del frees nothing yet
             measured.baseline_rows()
         report = Report(
             recipe=result.recipe,
@@ -184,7 +202,7 @@ def finish(result: Result) -> Report:
             timing=watch.seconds,
             adapter=result.adapters.facts if result.adapters else None,
             packed=frozenset(measured.packed),
-            nf4=measured.nf4,
+            outputs=measured.outputs,
             peak_memory_bytes=watch.peak,
             predicted_memory_bytes=result.prediction.memory if result.prediction else None,
             memory=_memory(result),
@@ -220,14 +238,7 @@ def _memory(result: Result) -> dict[str, dict[str, int]]:
 def _describe(result: Result, report: Report, staging: Path) -> None:
     """Write model card and manifest; the card states the size of the whole, itself included."""
     licence = getattr(result.trained.config, "license", None)
-    provenance = {
-        "recipe": result.recipe,
-        "model": result.model,
-        "data": result.data,
-        "data_fingerprint": result.data_fingerprint,
-        "config": result.config,
-        "environment": environment(),
-    }
+    provenance = result.provenance
     size = -1
     # twice as a rule: the size that the card states changes the card's length at most once
     while size != directory_bytes(staging):
@@ -256,7 +267,7 @@ class _Measurement:
         self.artifact = artifact
         self.rows: dict[str, Row] = {}
         self.packed: set[str] = set()
-        self.nf4 = ""
+        self.outputs: dict[str, str] = {}
         self.error_ptq: dict[str, float] = {}
         self.sample = ""
         original = result.load_original()
@@ -289,22 +300,38 @@ class _Measurement:
         adapters = self.result.adapters
         if adapters is None:
             return
+        self.outputs = dict.fromkeys(adapters.outputs, "not compared: no reader loads it alone")
         if not adapters.trained_merged:
             trained = self.result.trained
             set_enabled(trained, False)
             bits, size = adapters.bits_per_weight, adapters.size_bytes
             self.rows["trained"] = Row(self._measure("trained", trained), bits, size, "fp32")
             if adapters.nf4_caveat is not None:
-                self.nf4 = f"not compared: {adapters.nf4_caveat}"
+                self.outputs["nf4"] = f"not compared: {adapters.nf4_caveat}"
             elif adapters.load_nf4 is not None:
-                reloaded = adapters.load_nf4()
-                check_logits(trained, reloaded, self.result.batches, "nf4/")
-                self.nf4 = "equal"
+                with self._removed_if_wrong("nf4"):
+                    reloaded = adapters.load_nf4()
+                    check_logits(trained, reloaded, self.result.batches, "nf4/")
+                self.outputs["nf4"] = "logits equal (transformers, bitsandbytes and PEFT, fp32)"
                 self.rows["nf4"] = Row(self._measure("nf4", reloaded), bits, size, "fp32")
                 del reloaded
+                gc.collect()
             set_enabled(trained, True)
         if adapters.load_merged is not None:
-            self._add_full("merged", adapters.load_merged())
+            with self._removed_if_wrong("merged"):
+                merged = adapters.load_merged()
+                check_merged(self.result.trained, self.result.coverage, merged, self.keep_dtype)
+            self.outputs["merged"] = "weights equal"
+            self._add_full("merged", merged)
+
+    @contextmanager
+    def _removed_if_wrong(self, output: str) -> Iterator[None]:
+        """An output that is not the trained model must not stay."""
+        try:
+            yield
+        except FidelityError:
+            shutil.rmtree(self.result.run / output)
+            raise
 
     def packed_rows(self, reloaded: PreTrainedModel | None) -> None:
         """The trained module, the artifact (unless memory was too short for it), and as served."""
@@ -354,6 +381,7 @@ class _Measurement:
         self.error_ptq = quantization_error(ptq)
         self._add("ptq", ptq)
         del ptq
+        gc.collect()
         if result.load_finetuned is not None:
             self._add_full("finetuned", result.load_finetuned())
             self._add("finetuned_ptq", result.rounded(result.load_finetuned))

@@ -23,7 +23,7 @@ from qat.convert import SHARD_BYTES
 from qat.evaluate import REFERENCE_BYTES, EvaluateConfig
 from qat.fake_quant import Quantizer, set_enabled
 from qat.lora import MergedLinear
-from qat.memory_meter import TRIM_THRESHOLD, MemoryMeter, peak_memory_bytes, release
+from qat.memory_meter import TRIM_THRESHOLD
 from qat.memory_replay import Replay, replay
 from qat.optim import OptimConfig
 from qat.prepare import Coverage

@@ -117,11 +117,13 @@ class CausalLMModule(LightningModule):
         """
         if self.base_sha256 is None:
             return
-        if checkpoint["base_sha256"] != self.base_sha256:
+        saved = checkpoint.get("base_sha256", "none")
+        if saved != self.base_sha256:
             raise UserError(
                 f"resume: the base model is not the one that this run began with (sha256 "
-                f"{self.base_sha256[:16]}…, the checkpoint has {checkpoint['base_sha256'][:16]}…). "
-                "Restore the files that model= names, or start a new run"
+                f"{self.base_sha256[:16]}…, the checkpoint has {saved[:16]}…). Restore the files "
+                "that model= names; if they are the same, resume on the kind of device and CPU on "
+                "which the run began (another one adds in another order); or start a new run"
             )
         missing = {f"model.{n}" for n in trained_state(self.model)} - checkpoint[
             "state_dict"

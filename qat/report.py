@@ -83,8 +83,8 @@ class Report:
     """Rows of models that have the artifact's layout."""
     data_summary: dict[str, Any] | None = None
     """What was read of instruction data: format, template, rows left out, packing."""
-    nf4: str = ""
-    """Result of comparing ``nf4/``, read by plain bitsandbytes and PEFT, with the trained model."""
+    outputs: dict[str, str] = field(default_factory=dict)
+    """Output of an adapter run → result of comparing it with the trained model."""
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     """Predicted and measured peaks of host memory in training and in the finish, bytes."""
     adapter: dict[str, Any] | None = None
@@ -123,7 +123,7 @@ class Report:
                 for name, row in self.rows.items()
             },
             "recovered": self.recovered,
-            "fidelity": asdict(self.fidelity) | ({"nf4_logits": self.nf4} if self.nf4 else {}),
+            "fidelity": asdict(self.fidelity) | ({"outputs": self.outputs} if self.outputs else {}),
             "coverage": [asdict(entry) for entry in self.coverage.entries],
             "quantized_share": self.coverage.share,
             "quantization_error": self.quantization_error,
@@ -168,7 +168,10 @@ def _finite(value: Any) -> Any:
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and threads."""
-    packages = ("torch", "lightning", "transformers", "compressed-tensors", "qat-lightning")
+    packages = (
+        *("torch", "lightning", "transformers", "compressed-tensors", "peft", "bitsandbytes"),
+        "qat-lightning",
+    )
     versions = {}
     for package in packages:
         try:
@@ -217,15 +220,16 @@ def verdict(report: Report) -> str:
         f"weights {weights}, logits {f.logits}"
         + (f" ({f.logit_blocks} blocks of text, fp32)." if f.logit_blocks else ".")
     )
-    if report.nf4:
-        text += f" nf4/ (4-bit base and adapter): logits {report.nf4}."
+    for name, result in report.outputs.items():
+        text += f" {name}/: {result}."
     if report.adapter is not None:
         kept = gain_kept(report.rows)
-        text += (
-            " Gain kept: nothing was gained over the original."
-            if kept is None
-            else f" Gain kept: {kept:.2%} of what training gained over the original."
-        )
+        if kept is not None:
+            text += f" Gain kept: {kept:.2%} of what training gained over the original."
+        elif "artifact" in report.rows:
+            text += " Gain kept: nothing was gained over the original."
+        else:
+            text += " Gain kept: not measured, and not judged, since the artifact was not reloaded."
     if report.recovered is not None:
         text += (
             f" Recovered: {report.recovered:.1%} of the loss that rounding the 16-bit fine-tune "

@@ -245,7 +245,7 @@ def calibrate(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
     for quantizer in static:
         quantizer.calibrating = True
     for batch in tqdm(batches, desc="calibrate", delay=2, leave=False):
-        forward_logits(model, batch)
+        forward_logits(model, {name: value.to(model.device) for name, value in batch.items()})
         for quantizer in static:
             if quantizer.observer is not None:
                 quantizer.observer.commit()

@@ -1,5 +1,6 @@
 """What an adapter run is made of: tokenizer, original weights, and the models built from them."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from qat.original import OriginalWeights
 from qat.prepare import KEEP_DTYPES, Coverage
 from qat.training import training_device
 from recipes.config import AdapterRunConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,12 @@ class Parts:
         tokenizer = load_tokenizer(path, shape.vocab_size)
         new = config.adapter.new_tokens
         if new:
-            tokenizer.add_special_tokens({"additional_special_tokens": new})
+            known = [token for token in new if token in tokenizer.get_vocab()]
+            if known:
+                log.warning("adapter.new_tokens: %s exist; their rows are trained", known)
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": new}, replace_extra_special_tokens=False
+            )
         original = OriginalWeights(path, rows=len(tokenizer) if new else 0)
         ids = [int(i) for i in tokenizer.convert_tokens_to_ids(new)]
         return cls(config, tokenizer, original, ids)

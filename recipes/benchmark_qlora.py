@@ -48,7 +48,8 @@ from qat.adapters import prepare_adapters
 from qat.fake_quant import set_enabled
 from qat.linear_4bit import Linear4bit
 from qat.lora import LoraLinear
-from qat.memory import MemoryMeter, RunPlan, predict, release
+from qat.memory import RunPlan, predict
+from qat.memory_meter import MemoryMeter, release
 from qat.original import OriginalWeights
 from qat.report import environment
 from qat.training import TrainerConfig

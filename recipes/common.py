@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -18,7 +17,7 @@ from qat.loggers import Loggers
 from qat.models import load_model
 from qat.module import CausalLMModule, Timing
 from qat.prepare import Coverage
-from qat.report import environment, table, verdict
+from qat.report import table, verdict
 from qat.rundir import run_directory
 from recipes.config import FinetuneConfig, RunConfig
 
@@ -79,18 +78,6 @@ def new_module(
         log_every_steps=config.trainer.log_every_steps,
         base_sha256=base_sha256,
     )
-
-
-def provenance(config: RunConfig, data: TextDataModule) -> dict[str, Any]:
-    """Where a run's outputs come from, for their manifests."""
-    return {
-        "recipe": config.recipe,
-        "model": config.model,
-        "data": config.data,
-        "data_fingerprint": data.fingerprint(),
-        "config": asdict(config),
-        "environment": environment(),
-    }
 
 
 def new_result(

@@ -12,7 +12,9 @@ from qat.compressed_tensors import layout
 from qat.config import to_yaml
 from qat.finish import Stopwatch
 from qat.loggers import Loggers
-from qat.memory import MemoryMeter, Prediction, RunPlan, predict, release
+from qat.memory import Prediction, RunPlan, predict
+from qat.memory_advice import advised
+from qat.memory_meter import MemoryMeter, release
 from qat.models import load_config, load_model, load_tokenizer, meta_model
 from qat.packing import check_packing
 from qat.prepare import KEEP_DTYPES, Coverage, prepare
@@ -29,7 +31,9 @@ def run(config: TrainConfig) -> None:
         print(to_yaml(config), coverage.summary(), "", prediction.table(), sep="\n")
         return
     with own_directory(config) as directory:
-        train(config, directory)
+        _, prediction = foresee(config)
+        with advised(prediction):
+            train(config, directory, prediction)
 
 
 def foresee(config: TrainConfig) -> tuple[Coverage, Prediction]:
@@ -54,11 +58,10 @@ def foresee(config: TrainConfig) -> tuple[Coverage, Prediction]:
     return coverage, prediction
 
 
-def train(config: TrainConfig, directory: Path) -> None:
+def train(config: TrainConfig, directory: Path, prediction: Prediction) -> None:
     """Train, then finish on rank 0."""
     path = model_path(config.model)
     tokenizer = load_tokenizer(path, load_config(path).get_text_config().vocab_size)
-    _, prediction = foresee(config)
     seed_everything(config.seed, verbose=False)
     watch = Stopwatch(MemoryMeter())
     with watch.phase("data"):

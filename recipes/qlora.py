@@ -15,9 +15,11 @@ from qat.adapter_state import base_sha256, in_fp32, stored_bytes, summary
 from qat.compressed_tensors import layout
 from qat.config import to_yaml
 from qat.fake_quant import set_enabled
-from qat.finish import AdapterResult, Stopwatch
+from qat.finish import AdapterResult, Result, Stopwatch
 from qat.loggers import Loggers
-from qat.memory import MemoryMeter, Prediction, RunPlan, predict, release
+from qat.memory import Prediction, RunPlan, predict
+from qat.memory_advice import advised
+from qat.memory_meter import MemoryMeter, release
 from qat.models import load_model
 from qat.packing import check_packing
 from qat.prepare import Coverage
@@ -30,7 +32,6 @@ from recipes.common import (
     new_module,
     new_result,
     own_directory,
-    provenance,
 )
 from recipes.config import AdapterRunConfig
 
@@ -42,7 +43,10 @@ def run(config: AdapterRunConfig) -> None:
         print(to_yaml(config), coverage.summary(), text, "", prediction.table(), sep="\n")
         return
     with own_directory(config) as directory:
-        train(config, directory)
+        parts = Parts.load(config)
+        *_, prediction = foresee(parts)
+        with advised(prediction):
+            train(parts, directory, prediction)
 
 
 def foresee(parts: Parts) -> tuple[Coverage, str, Prediction]:
@@ -69,10 +73,9 @@ def foresee(parts: Parts) -> tuple[Coverage, str, Prediction]:
     return coverage, summary(model, parts.keep), prediction
 
 
-def train(config: AdapterRunConfig, directory: Path) -> None:
+def train(parts: Parts, directory: Path, prediction: Prediction) -> None:
     """Train, then finish on rank 0."""
-    parts = Parts.load(config)
-    *_, prediction = foresee(parts)
+    config = parts.config
     seed_everything(config.seed, verbose=False)
     watch = Stopwatch(MemoryMeter())
     with watch.phase("data"):
@@ -108,30 +111,36 @@ def train(config: AdapterRunConfig, directory: Path) -> None:
         torch.distributed.destroy_process_group()
     if not is_rank_zero():
         return
-    in_fp32(model)
-    if not config.merge_share:
-        set_enabled(model, True)
-        calibrate(model, calibration)
     result = new_result(config, directory, data, parts.tokenizer, model, coverage, watch)
     result.calibration = calibration
     result.prediction = prediction
     result.load_original = parts.original.load
     if config.finetunes:
         result.load_finetuned = lambda: parts.finetuned(checkpoints / "finetune" / "last.ckpt")
+    ship(parts, result, sha256)
+    finish_run(result, loggers)
+
+
+def ship(parts: Parts, result: Result, sha256: str) -> None:
+    """Write what stands beside the artifact, and say in the result how to read it back."""
+    config, model = parts.config, result.trained
+    in_fp32(model)
+    if not config.merge_share:
+        set_enabled(model, True)
+        calibrate(model, result.calibration)
     files = AdapterFiles(
         model,
-        coverage,
+        result.coverage,
         parts.original,
         config.adapter,
         parts.keep,
         parts.tokenizer,
         sha256,
-        provenance(config, data),
+        result.provenance,
     )
-    with watch.phase("write"):
-        files.write(config.written, directory)
-    result.adapters = adapter_result(config, files, directory)
-    finish_run(result, loggers)
+    with result.watch.phase("write"):
+        files.write(config.written, result.run)
+    result.adapters = adapter_result(config, files, result.run)
 
 
 def check_model(parts: Parts) -> None:
@@ -163,5 +172,6 @@ def adapter_result(config: AdapterRunConfig, files: AdapterFiles, directory: Pat
         load_merged=(lambda: load_model(str(directory / "merged")))
         if "merged" in written
         else None,
+        outputs=written,
         facts=files.facts() | {"merge_share": config.merge_share},
     )

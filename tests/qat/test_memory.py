@@ -8,16 +8,14 @@ from qat.adapter_config import AdapterConfig
 from qat.adapters import prepare_adapters
 from qat.memory import (
     RUNTIME_BYTES,
-    MemoryMeter,
     RunPlan,
     artifact_bytes,
     gradient_bytes,
     optimizer_bytes,
-    peak_memory_bytes,
     predict,
-    release,
     tensor_bytes,
 )
+from qat.memory_meter import MemoryMeter, peak_memory_bytes, release
 from qat.optim import OptimConfig, build_optimizer
 from qat.original import OriginalWeights
 from qat.prepare import plan, prepare

@@ -20,7 +20,8 @@ from qat.adapter_state import base_sha256
 from qat.config import load
 from qat.finish import finish
 from qat.loggers import Loggers
-from qat.memory import MemoryMeter, Prediction, RunPlan, predict, release
+from qat.memory import Prediction, RunPlan, predict
+from qat.memory_meter import MemoryMeter, release
 from qat.models import load_model, load_tokenizer, meta_model
 from qat.prepare import plan, prepare
 from qat.training import fit
@@ -79,8 +80,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("plain", []),
         ("qat and finish", []),
         ("qlora", []),
-        ("plain", ["trainer.precision=bf16-mixed", "trainer.activation_checkpointing=true"]),
-        ("qat", ["trainer.global_batch_size=4", "optim.name=adamw_8bit"]),
         ("qlora", ["merge_share=0.5"]),
     ],
 )

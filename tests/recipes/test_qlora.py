@@ -74,7 +74,8 @@ def check_nf4(directory: Path) -> dict[str, Any]:
     """The 4-bit base and its adapter are what was trained; returns the report."""
     report = read_report(directory)
     rows, fidelity = report["rows"], report["fidelity"]
-    assert fidelity["nf4_logits"] == fidelity["logits"] == "equal"
+    assert fidelity["outputs"]["nf4"].startswith("logits equal")
+    assert fidelity["logits"] == "equal"
     assert rows["nf4"]["loss"] == rows["trained"]["loss"]
     original, trained, artifact = (rows[n]["loss"] for n in ("original", "trained", "artifact"))
     assert trained != original
@@ -99,7 +100,7 @@ def test_merge_exact_report(int4: Path):
         "original", "finetuned", "ptq", "finetuned_ptq", "trained", "artifact", "served",
     }  # fmt: skip
     assert report["rows"]["artifact"]["bits_per_weight"] <= 4.6
-    assert "nf4_logits" not in report["fidelity"]
+    assert "nf4" not in report["fidelity"]["outputs"]
     facts = report["adapter"]
     assert facts["trained_parameters"] == sum(v.numel() for v in adapter_of(int4).values())
     assert "Gain kept: 100.00%" in (int4 / "report.md").read_text("utf-8")

@@ -6,7 +6,9 @@ What all recipes share is in `test_bad_input`.
 import errno
 import json
 import os
+import resource
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qat import cli
-from tests.recipes.running import adapter_setup, files, hashes, run
+from tests.recipes.running import TRAIN, adapter_setup, files, hashes, run
 from tests.recipes.test_bad_input import small_disk  # noqa: F401  (a fixture)
 from tests.tiny import save_tiny
 
@@ -317,3 +319,26 @@ def test_full_disk(
     shutil.copytree(directory, elsewhere)
     assert run([f"resume={elsewhere}"]) == 0
     assert cli.main(["verify", str(elsewhere / "artifact")]) == 0
+
+
+def test_out_of_memory(setup: list[str], tmp_path: Path):
+    """A step that needs far more than the process may have: advice by the estimate, run kept."""
+    out = tmp_path / "run"
+    limit = 6 << 30  # the imports reserve about 3 GiB of addresses
+    # 8192 blocks of 64 tokens: attention masks and scores alone are beyond the limit
+    size = ["trainer.micro_batch_size=8192", "trainer.global_batch_size=8192"]
+    done = subprocess.run(
+        [*TRAIN, QLORA, *setup, f"output_dir={out}", *size],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "error: out of memory (" in done.stderr
+    advice = done.stderr[done.stderr.index("By the estimate") :].splitlines()
+    assert advice[1].split()[0] == "activations"
+    assert "lower trainer.micro_batch_size" in advice[1]
+    assert f"Continue with: python train.py recipe=qlora_nf4 resume={out}" in done.stderr
+    assert (out / "config.yaml").is_file()
+    assert not (out / "artifact").exists()

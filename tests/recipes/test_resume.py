@@ -107,7 +107,8 @@ KILLS = {
     "baseline": (Kill(LOG, 6), 4, None),
     "baseline, saving": (Kill(SAVE, 2, after=True), 6, None),
     "baseline, validating": (Kill("qat.module:CausalLMModule.validation_step", 2), 8, None),
-    "baseline, done": (Kill("recipes.qat:prepare", 2), 9, None),  # once to check, once to train
+    # after predicting and checking, the third time is to train
+    "baseline, done": (Kill("recipes.qat:prepare", 3), 9, None),
     "calibrating": (Kill("recipes.qat:calibrate", after=True), 9, None),
     "first steps": (Kill(LOG, 2), 9, None),
     "before quantization sets in": (Kill(LOG, 6), 9, 4),
