@@ -29,19 +29,6 @@ from qat.optim import OptimConfig
 from qat.prepare import Coverage
 from qat.training import TrainerConfig
 
-__all__ = [
-    "MemoryMeter",
-    "Prediction",
-    "RunPlan",
-    "artifact_bytes",
-    "gradient_bytes",
-    "optimizer_bytes",
-    "peak_memory_bytes",
-    "predict",
-    "release",
-    "tensor_bytes",
-]
-
 OPTIMIZER_STATES = {"adamw": 2, "lion": 1, "ademamix": 3}
 """State tensors of a parameter's shape, by optimizer."""
 SMALLEST_8BIT = 4096
