@@ -12,7 +12,8 @@ the dequantized base where there is none. B0 A0 is what the initialisation moved
 the adapter (PiSSA, OLoRA, LoftQ), else zero. DoRA (Liu et al., arXiv:2402.09353):
 W' = m / ||W + s B A||  (W + s B A), the norm per output row, a constant for the gradient.
 
-Dropout perturbs only the adapter: merged adds s B A (drop(x) - x), which is zero in eval mode.
+Dropout perturbs only the adapter: merged adds s B A (drop(x) - x), which is zero in eval mode (and
+under DoRA too, without the factor m / ||W'||, which is close to one).
 
 Shapes: x [..., K], W [N, K], A [r, K], B [N, r], m [N].
 """
