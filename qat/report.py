@@ -393,11 +393,14 @@ def _draw_size(axes: Any, report: Report, run: Path) -> None:
     step = 0.07 * ((max(losses) - min(losses)) or abs(losses[0]) or 1.0)
     width = points[-1][0]
     bottom, top = min(losses), max(losses)
-    last_size, height = None, 0.0
+    placed: list[tuple[float, float]] = []
     for size, loss, name in points:
-        # a label keeps its distance from the one below it
-        height = max(loss, height + step) if size == last_size else loss
-        last_size, top = size, max(top, height)
+        height = loss
+        # a label keeps its distance from those below it and from longer ones to its left
+        while any(abs(size - x) < 0.3 * width and abs(height - y) < step for x, y in placed):
+            height += step / 4
+        placed.append((size, height))
+        top = max(top, height)
         is_artifact = name == "artifact"
         color = "tab:orange" if is_artifact else "tab:blue"
         axes.plot(size, loss, "o", color=color, zorder=3 if is_artifact else 2)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from data.demo import model_path
@@ -14,6 +15,7 @@ from qat.config import to_yaml
 from qat.errors import resumable
 from qat.finish import Result, Stopwatch, finish
 from qat.loggers import Loggers
+from qat.memory import RunPlan
 from qat.models import load_model
 from qat.module import CausalLMModule, Timing
 from qat.prepare import Coverage
@@ -77,6 +79,19 @@ def new_module(
         timing=timing,
         log_every_steps=config.trainer.log_every_steps,
         base_sha256=base_sha256,
+    )
+
+
+def run_plan(config: FinetuneConfig, file_dtype: torch.dtype | None) -> RunPlan:
+    """What the prediction of memory and disk needs to know of a run; file_dtype of the original."""
+    return RunPlan(
+        seq_len=config.text.seq_len,
+        max_steps=config.max_steps,
+        trainer=config.trainer,
+        optim=config.optim,
+        file_dtype=file_dtype or torch.float32,
+        evaluate=config.evaluate,
+        finetunes=config.finetunes,
     )
 
 

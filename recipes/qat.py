@@ -12,7 +12,7 @@ from qat.compressed_tensors import layout
 from qat.config import to_yaml
 from qat.finish import Stopwatch
 from qat.loggers import Loggers
-from qat.memory import Prediction, RunPlan, predict
+from qat.memory import Prediction, predict
 from qat.memory_advice import advised
 from qat.memory_meter import MemoryMeter, release
 from qat.models import load_config, load_model, load_tokenizer, meta_model
@@ -20,7 +20,14 @@ from qat.packing import check_packing
 from qat.prepare import KEEP_DTYPES, Coverage, prepare
 from qat.rundir import is_rank_zero
 from qat.training import calibrate, fit
-from recipes.common import finish_run, new_data, new_module, new_result, own_directory
+from recipes.common import (
+    finish_run,
+    new_data,
+    new_module,
+    new_result,
+    own_directory,
+    run_plan,
+)
 from recipes.config import TrainConfig
 
 
@@ -42,20 +49,7 @@ def foresee(config: TrainConfig) -> tuple[Coverage, Prediction]:
     model = meta_model(path)
     coverage = prepare(model, config.scheme)
     layout(coverage)
-    prediction = predict(
-        model,
-        coverage,
-        RunPlan(
-            seq_len=config.text.seq_len,
-            max_steps=config.max_steps,
-            trainer=config.trainer,
-            optim=config.optim,
-            file_dtype=load_config(path).dtype or torch.float32,
-            evaluate=config.evaluate,
-            finetunes=config.finetunes,
-        ),
-    )
-    return coverage, prediction
+    return coverage, predict(model, coverage, run_plan(config, load_config(path).dtype))
 
 
 def train(config: TrainConfig, directory: Path, prediction: Prediction) -> None:

@@ -17,7 +17,7 @@ from qat.config import to_yaml
 from qat.fake_quant import set_enabled
 from qat.finish import AdapterResult, Result, Stopwatch
 from qat.loggers import Loggers
-from qat.memory import Prediction, RunPlan, predict
+from qat.memory import Prediction, predict
 from qat.memory_advice import advised
 from qat.memory_meter import MemoryMeter, release
 from qat.models import load_model
@@ -32,6 +32,7 @@ from recipes.common import (
     new_module,
     new_result,
     own_directory,
+    run_plan,
 )
 from recipes.config import AdapterRunConfig
 
@@ -54,22 +55,13 @@ def foresee(parts: Parts) -> tuple[Coverage, str, Prediction]:
     config = parts.config
     model, coverage = parts.build(config.adapter, load=False)
     layout(coverage)
-    prediction = predict(
-        model,
-        coverage,
-        RunPlan(
-            seq_len=config.text.seq_len,
-            max_steps=config.max_steps,
-            trainer=config.trainer,
-            optim=config.optim,
-            file_dtype=parts.original.dtype,
-            evaluate=config.evaluate,
-            finetunes=config.finetunes,
-            storage=parts.storage,
-            merges=config.merge_share > 0,
-            outputs=tuple(config.written),
-        ),
+    plan = replace(
+        run_plan(config, parts.original.dtype),
+        storage=parts.storage,
+        merges=config.merge_share > 0,
+        outputs=tuple(config.written),
     )
+    prediction = predict(model, coverage, plan)
     return coverage, summary(model, parts.keep), prediction
 
 
