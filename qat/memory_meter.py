@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 MMAP_THRESHOLD = 128 << 10
-"""Allocations from this size on go back to the system when they are freed: glibc's initial value,
-fixed. Left alone it grows to 32 MiB, and what glibc then keeps was 15 % of the peak of plain
-training and 23 % of QAT (112 M parameters, 512 tokens); the page faults cost some 2 % of a step."""
+"""With `give_back`, allocations from this size on go back to the system when they are freed: glibc's
+initial value, fixed. Left alone it grows to 32 MiB, and what glibc then keeps was 15 % of the peak
+of plain training and 23 % of QAT (112 M parameters, 512 tokens). Page faults are the price: a QAT
+step of 105 M parameters took 1.3 times as long, one of the demo model 1.8 times."""
 TRIM_THRESHOLD = 32 << 20
 """Free memory that the heap may keep at its end, so that small tensors cost no system calls."""
 
@@ -23,12 +24,17 @@ TRIM_THRESHOLD = 32 << 20
 class MemoryMeter:
     """Peak memory by phase, as growth since the meter was made: before the model is loaded.
 
-    Making one also tells the allocator to give freed tensors back, see `MMAP_THRESHOLD`. Linux can
-    start a peak anew for each phase; elsewhere a phase's peak includes those of earlier phases.
+    Linux can start a peak anew for each phase; elsewhere a phase's peak includes those of earlier
+    phases.
+
+    Args:
+        give_back: tell the allocator to give freed tensors back, see `MMAP_THRESHOLD`, so that the
+            peak is that of the tensors in use. Slow: for measuring, not for training.
     """
 
-    def __init__(self) -> None:
-        _give_back_when_freed()
+    def __init__(self, give_back: bool = False) -> None:
+        if give_back:
+            _give_back_when_freed()
         self.host: dict[str, int] = {}
         """Growth of the resident process at the peak of each phase, bytes."""
         self.device: dict[str, int] = {}

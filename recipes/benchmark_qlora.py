@@ -243,7 +243,7 @@ def _peaks(
     OriginalWeights(str(model)).skeleton()
     if find_spec("bitsandbytes"):
         import_module("bitsandbytes")
-    meter = MemoryMeter()
+    meter = MemoryMeter(give_back=True)
     with meter.phase("load"):
         entrant = build(config, model, kind)
     release(entrant.model)

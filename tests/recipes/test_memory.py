@@ -125,7 +125,7 @@ def _run(kind: str, words: list[str], model: Path, run: Path) -> Measured:
     prediction = _predict(kind, config, parts)
     tokenizer = load_tokenizer(path)
     data = new_data(config, tokenizer)
-    meter = MemoryMeter()
+    meter = MemoryMeter(give_back=True)
     with meter.phase("load"):
         if parts is not None:
             trained, coverage = parts.build(config.adapter)
