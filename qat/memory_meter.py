@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 MMAP_THRESHOLD = 128 << 10
-"""With `give_back`, allocations from this size on go back to the system when they are freed: glibc's
-initial value, fixed. Left alone it grows to 32 MiB, and what glibc then keeps was 15 % of the peak
-of plain training and 23 % of QAT (112 M parameters, 512 tokens). Page faults are the price: a QAT
-step of 105 M parameters took 1.3 times as long, one of the demo model 1.8 times."""
+"""With `give_back`, allocations from this size on go back to the system when they are freed. It is
+glibc's initial value, fixed. Left alone it grows to 32 MiB, and what glibc then keeps was 15 % of
+the peak of plain training and 23 % of QAT (112 M parameters, 512 tokens). Page faults are the
+price: a QAT step of 105 M parameters took 1.3 times as long, one of the demo model 1.8 times."""
 TRIM_THRESHOLD = 32 << 20
 """Free memory that the heap may keep at its end, so that small tensors cost no system calls."""
 
