@@ -34,12 +34,11 @@ from qat.adapter_card import adapter_card, merged_card, nf4_card
 from qat.adapter_config import AdapterConfig
 from qat.adapter_state import base_bits, codes_sha256, trained_modules, trained_rows
 from qat.artifact import staged_directory, write_manifest
-from qat.convert import kept_tensors, write_config, write_shards
+from qat.convert import merged_tensors, write_config, write_shards
 from qat.linear_4bit import Linear4bit
 from qat.lora import LoraLinear, MergedLinear
 from qat.original import OriginalWeights
 from qat.prepare import Coverage
-from qat.trained import quantized_parameters
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base model."""
@@ -109,12 +108,12 @@ class AdapterFiles:
         config.init_lora_weights = True  # else readers would compute it again from their base
         tensors: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            a, b, alpha = _factors(layer, on_original)
-            config.r, config.lora_alpha = a.shape[0], alpha
             # training is over and the model in fp32, but the values are of the adapter's dtype
             dtype = getattr(torch, self.adapter.dtype)
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = a.to(dtype)
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = b.to(dtype)
+            a, b, alpha = _factors(layer, on_original, dtype)
+            config.r, config.lora_alpha = a.shape[0], alpha
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = a
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = b
             if layer.magnitude is not None:
                 vector = layer.magnitude.to(dtype)
                 tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = vector
@@ -220,21 +219,25 @@ class AdapterFiles:
         write_manifest(directory, self.provenance | self.identity())
 
     def _merged_tensors(self) -> Iterator[dict[str, Tensor]]:
-        for item in quantized_parameters(self.model):
-            value = item.weight.detach().to(self.keep).cpu().contiguous()
-            yield dict(revert_weight_conversion(self.model, {item.name: value}))
-        for name, value in kept_tensors(self.model, self.coverage):
-            yield {name: value.cpu()}
+        for name, value in merged_tensors(self.model, self.coverage, self.keep):
+            # the experts of a layer are one tensor, and several in a checkpoint
+            yield dict(revert_weight_conversion(self.model, {name: value.cpu()}))
 
 
-def _factors(layer: LoraLinear, on_original: bool) -> tuple[Tensor, Tensor, float]:
-    """(A, B, alpha) of the adapter, or of its difference to the initial one."""
+def _factors(
+    layer: LoraLinear, on_original: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float]:
+    """(A, B, alpha) of the adapter in ``dtype``, or in fp32 of its difference to the initial one.
+
+    The initial factors are fp32 whatever the adapter's dtype: rounded, they would not be what the
+    initialisation took from the base.
+    """
     a, b = layer.factors
     scale = layer.scaling["default"]
     if not on_original or layer.initial_a is None or layer.initial_b is None:
-        return a, b, float(layer.lora_alpha["default"])
-    a = torch.cat([a, layer.initial_a])
-    b = torch.cat([b, -layer.initial_b], dim=1)
+        return a.to(dtype), b.to(dtype), float(layer.lora_alpha["default"])
+    a = torch.cat([a.float(), layer.initial_a.float()])
+    b = torch.cat([b.float(), -layer.initial_b.float()], dim=1)
     rank = a.shape[0]
     alpha = scale * (math.sqrt(rank) if layer.use_rslora["default"] else rank)
     return a, b, float(alpha)

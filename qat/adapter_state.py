@@ -54,12 +54,13 @@ def _held(owner: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, value) of what training does not change, the initial factors included."""
+    """(name, value) of what training does not change, the initial factors included; by name."""
     changing = trained_state(model)
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if name not in changing:
-            # in fp32, so that the storage dtype does not matter: the values are the same
-            yield name, value.float() if value.is_floating_point() else value
+    found = dict([*model.named_parameters(), *model.named_buffers()])
+    for name in sorted(found.keys() - changing):
+        value = found[name]
+        # in fp32, so that the storage dtype does not matter: the values are the same; one at a time
+        yield name, value.float() if value.is_floating_point() else value
 
 
 def _merged_onto(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -78,7 +79,7 @@ def base_sha256(model: nn.Module) -> str:
     and the merge at the end does not.
     """
     digest = hashlib.sha256()
-    for name, value in chain(sorted(_frozen(model)), _merged_onto(model)):
+    for name, value in chain(_frozen(model), _merged_onto(model)):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)

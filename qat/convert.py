@@ -108,6 +108,19 @@ def kept_tensors(model: PreTrainedModel, coverage: Coverage) -> Iterator[tuple[s
             yield name, value.detach().clone()
 
 
+@torch.no_grad()
+def merged_tensors(
+    model: PreTrainedModel, coverage: Coverage, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of the merged model before it is quantized, its weights in ``dtype``.
+
+    One at a time: parameters, tied ones once, then persistent buffers.
+    """
+    for item in quantized_parameters(model):
+        yield item.name, item.weight.detach().to(dtype).contiguous()
+    yield from kept_tensors(model, coverage)
+
+
 def _is_model_buffer(model: PreTrainedModel, name: str) -> bool:
     """Whether a state-dict entry is a persistent buffer of the original model."""
     owner_name, _, leaf = name.rpartition(".")

@@ -5,7 +5,7 @@ model, compressed-tensors unpacks the codes. Codes, weights and logits must be e
 what was not compared is reported as not compared.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qat.convert import TrainedMatrix, kept_tensors, trained_matrices
-from qat.module import forward_logits
+from qat.convert import TrainedMatrix, kept_tensors, merged_tensors, trained_matrices
+from qat.loss import forward_logits
 from qat.packing import Batch
 from qat.prepare import Coverage
 from qat.trained import kept_parameters, quantized_parameters
@@ -52,7 +52,7 @@ class Fidelity:
 
 
 def reload(artifact: Path) -> PreTrainedModel:
-    """The artifact in plain transformers, fp32, unpacked by compressed-tensors.
+    """A written model in plain transformers, fp32; packed ones are unpacked by compressed-tensors.
 
     Raises:
         FidelityError: a tensor of the file has no place in the model, or the other way round.
@@ -167,41 +167,42 @@ def _check_files(artifact: Path, trained: PreTrainedModel, coverage: Coverage) -
     if not problems:
         extra = [name for name in stored.files if name not in stored.read]
         problems = [f"{name} does not belong there" for name in extra]
-    _raise_for(problems)
+    _raise_for(problems, "the artifact")
     return len(matrices)
 
 
-def _raise_for(problems: Sequence[str]) -> None:
+def _raise_for(problems: Sequence[str], what: str) -> None:
     """Raise FidelityError that names the first of some differences, if there are any."""
     if problems:
-        raise FidelityError(f"the artifact is not the trained model: {'; '.join(problems[:10])}")
+        raise FidelityError(f"{what} is not the trained model: {'; '.join(problems[:10])}")
 
 
 @torch.no_grad()
-def _weight_problems(
-    trained: PreTrainedModel, coverage: Coverage, reloaded: PreTrainedModel
-) -> Iterator[str]:
-    """Compare what both models compute with: "" or a problem for each parameter and buffer."""
-    found = dict(reloaded.named_parameters(remove_duplicate=False))
-    buffers = dict(reloaded.named_buffers())
-
-    def compare(name: str, value: Tensor) -> str:
-        other = found.get(name, buffers.get(name))
-        if other is None:
-            return f"{name} is missing after reloading"
-        if not torch.equal(other.float(), value.float()):
-            return f"{name} differs after reloading"
-        return ""
-
+def _computed_with(trained: PreTrainedModel, coverage: Coverage) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of what a model computes with, tied parameters under each of their names."""
     for item in quantized_parameters(trained):
-        yield compare(item.name, fake_quantize(item.weight, item.quantizer.spec))
+        yield item.name, fake_quantize(item.weight, item.quantizer.spec)
     kept = set()
     for name, value, dtype in kept_parameters(trained):
         kept.add(name)
-        yield compare(name, value.to(dtype))
+        yield name, value.to(dtype)
     for name, value in kept_tensors(trained, coverage):
         if name not in kept:
-            yield compare(name, value)
+            yield name, value
+
+
+def _weight_problems(
+    expected: Iterable[tuple[str, Tensor]], reloaded: PreTrainedModel
+) -> Iterator[str]:
+    """Compare a model's parameters and buffers, each in fp32: "" or a problem for each of them."""
+    found = dict(reloaded.named_parameters(remove_duplicate=False))
+    found |= dict(reloaded.named_buffers(remove_duplicate=False))
+    for name, value in expected:
+        if name not in found:
+            yield f"{name} is missing after reloading"
+        else:
+            same = torch.equal(found[name].float(), value.float())
+            yield "" if same else f"{name} differs after reloading"
 
 
 @torch.no_grad()
@@ -221,25 +222,13 @@ def _logit_difference(
 def check_merged(
     trained: PreTrainedModel, coverage: Coverage, merged: PreTrainedModel, dtype: torch.dtype
 ) -> None:
-    """Compare the weights of ``merged/``, as reloaded, with the merged ones rounded to ``dtype``.
+    """Compare parameters and buffers of ``merged/``, as reloaded, with the merged ones in ``dtype``.
 
     Raises:
-        FidelityError: they differ.
+        FidelityError: one differs, or is missing.
     """
-    found = dict(merged.named_parameters(remove_duplicate=False))
-    problems = [
-        f"merged/: {name} differs after reloading"
-        for name, value in merged_weights(trained, coverage)
-        if name in found and not torch.equal(found[name], value.to(dtype).to(found[name].dtype))
-    ]
-    _raise_for(problems)
-
-
-def merged_weights(trained: PreTrainedModel, coverage: Coverage) -> Iterator[tuple[str, Tensor]]:
-    """(name, value) of all weights of the merged form, one at a time."""
-    for item in quantized_parameters(trained):
-        yield item.name, item.weight
-    yield from kept_tensors(trained, coverage)
+    problems = _weight_problems(merged_tensors(trained, coverage, dtype), merged)
+    _raise_for([problem for problem in problems if problem], "merged/")
 
 
 def check_logits(
@@ -283,12 +272,12 @@ def compare(
         why = f"not compared: needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         return Fidelity(True, matrices, None, 0, why, 0, None), None
     reloaded = reload(artifact)
-    weights = list(_weight_problems(trained, coverage, reloaded))
+    weights = list(_weight_problems(_computed_with(trained, coverage), reloaded))
     worst, blocks = _logit_difference(trained, reloaded, batches)
     problems = [problem for problem in weights if problem]
     if worst != 0.0:
         problems.append(f"logits differ by up to {worst}")
-    _raise_for(problems)
+    _raise_for(problems, "the artifact")
     result = Fidelity(
         codes_equal=True,
         codes_compared=matrices,

@@ -39,6 +39,9 @@ from qat.training import calibrate
 
 Load = Callable[[], PreTrainedModel]
 
+FINISH_PHASES = ("write", "convert", "check", "evaluate")
+"""Phases after training; all others belong to it."""
+
 
 class GainError(RuntimeError):
     """The low-bit artifact keeps too little of what the training gained."""
@@ -131,7 +134,7 @@ class Result:
     """What was read of instruction data, for the report."""
     prediction: Prediction | None = field(default=None, kw_only=True)
     """What was predicted of memory and disk."""
-    adapters: "AdapterResult | None" = None
+    adapters: AdapterResult | None = None
     """What there is to say of adapters; None for a model that was trained whole."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Time spent so far."""
@@ -212,10 +215,6 @@ def finish(result: Result) -> Report:
         _describe(result, report, staging)
     write_report(report, result.run)
     return report
-
-
-FINISH_PHASES = ("write", "convert", "check", "evaluate")
-"""Phases after training; all others belong to it."""
 
 
 def _memory(result: Result) -> dict[str, dict[str, int]]:
@@ -300,7 +299,7 @@ class _Measurement:
         adapters = self.result.adapters
         if adapters is None:
             return
-        self.outputs = dict.fromkeys(adapters.outputs, "not compared: no reader loads it alone")
+        self.outputs = dict.fromkeys(adapters.outputs, "not compared")
         if not adapters.trained_merged:
             trained = self.result.trained
             set_enabled(trained, False)

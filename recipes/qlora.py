@@ -15,12 +15,12 @@ from qat.adapter_state import base_sha256, in_fp32, stored_bytes, summary
 from qat.compressed_tensors import layout
 from qat.config import to_yaml
 from qat.fake_quant import set_enabled
+from qat.fidelity import reload
 from qat.finish import AdapterResult, Result, Stopwatch
 from qat.loggers import Loggers
 from qat.memory import Prediction, predict
 from qat.memory_advice import advised
 from qat.memory_meter import MemoryMeter, release
-from qat.models import load_model
 from qat.packing import check_packing
 from qat.prepare import Coverage
 from qat.rundir import is_rank_zero
@@ -161,9 +161,7 @@ def adapter_result(config: AdapterRunConfig, files: AdapterFiles, directory: Pat
         size_bytes=stored_bytes(files.model, files.keep),
         load_nf4=(lambda: reload_nf4(directory / "nf4")) if "nf4" in written else None,
         nf4_caveat=files.caveat() if "nf4" in written else None,
-        load_merged=(lambda: load_model(str(directory / "merged")))
-        if "merged" in written
-        else None,
+        load_merged=(lambda: reload(directory / "merged")) if "merged" in written else None,
         outputs=written,
         facts=files.facts() | {"merge_share": config.merge_share},
     )

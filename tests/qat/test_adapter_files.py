@@ -6,15 +6,16 @@ import math
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qat.adapter_config import AdapterConfig
+from qat.adapter_config import TAKES_FROM_BASE, AdapterConfig
 from qat.adapter_files import AdapterFiles, reload_nf4
 from qat.adapter_state import base_sha256, in_fp32
 from qat.adapters import prepare_adapters
 from qat.fake_quant import set_enabled
+from qat.fidelity import FidelityError, check_merged, reload
 from qat.linear_4bit import Linear4bit
 from qat.lora import LoraLinear
 from qat.original import OriginalWeights
@@ -142,10 +143,14 @@ def test_modules_and_rows_that_train_load_in_peft(case, tmp_path):
     assert torch.equal(logits(read, ids), logits(files.model, ids))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
-def test_adapter_that_took_from_the_base_is_converted_for_the_original(init, rslora, tmp_path):
-    files = trained(tmp_path / "model", init=init, rslora=rslora)
+def test_adapter_that_took_from_the_base_is_converted_for_the_original(
+    init, rslora, dtype, tmp_path
+):
+    """Also where the adapter trains in bf16: what it took from the base is fp32 all the same."""
+    files = trained(tmp_path / "model", init=init, rslora=rslora, dtype=dtype)
     (tmp_path / "adapter").mkdir()
     files.write_adapter(tmp_path / "adapter", str(tmp_path / "model"), on_original=True)
     config = PeftConfig.from_pretrained(str(tmp_path / "adapter"))
@@ -232,11 +237,16 @@ def test_4_bit_base_and_adapter_are_the_trained_model(family, tmp_path):
     assert {p.dtype for p in read.parameters()} <= {torch.float32, torch.uint8}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("init", ["default", "pissa", "olora", "loftq"])
+@pytest.mark.parametrize(
+    ("kind", "init"),
+    [
+        (kind, init)
+        for kind in KINDS
+        for init in ("default", *sorted(TAKES_FROM_BASE))
+        if kind != "dora" or init == "default"  # the configuration refuses DoRA with these
+    ],
+)
 def test_every_kind_of_adapter_on_the_4_bit_base(kind, init, tmp_path):
-    if kind == "dora" and init != "default":
-        return
     files = trained(tmp_path / "model", init=init, base="fp4", double_quant=False, **KINDS[kind])
     check_nf4(files, tmp_path)
 
@@ -343,3 +353,43 @@ def test_modules_and_rows_that_train_are_merged(case, tmp_path):
     for name, value in norms.items():
         owner, _, leaf = name.rpartition(".")
         assert torch.equal(getattr(files.model.get_submodule(owner), leaf), value)
+
+
+def test_merged_model_that_lacks_a_tensor_fails(tmp_path):
+    """Also one to which transformers gives its old value by itself: a norm of ones."""
+    files = trained(tmp_path / "model")
+    files.write(["merged"], tmp_path)
+    path = tmp_path / "merged" / "model.safetensors"
+    check_merged(files.model, files.coverage, reload(path.parent), torch.bfloat16)
+    whole = load_file(path)
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        save_file({n: v for n, v in whole.items() if n != name}, path, {"format": "pt"})
+        with pytest.raises(FidelityError, match=rf"merged: missing_keys: \['{name}'\]"):
+            reload(path.parent)
+
+
+def test_merged_model_is_compared_name_by_name(tmp_path):
+    """Parameters and persistent buffers: each must be there, and be equal."""
+    files = trained(tmp_path / "model")
+    files.model.model.layers[0].register_buffer("count", torch.tensor([3]))
+    files.write(["merged"], tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+
+    def check():
+        check_merged(files.model, files.coverage, read, torch.bfloat16)
+
+    count = r"model\.layers\.0\.count"
+    with pytest.raises(FidelityError, match=f"^merged/ is not the .*: {count} is missing after"):
+        check()
+    read.model.layers[0].register_buffer("count", torch.tensor([4]))
+    with pytest.raises(FidelityError, match=f"^merged/ is not the .*: {count} differs after"):
+        check()
+    read.model.layers[0].count -= 1
+    check()
+    with torch.no_grad():
+        read.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(FidelityError, match=r"^merged/ .*layers\.1\.mlp\.up_proj\.weight differs"):
+        check()
+    read.lm_head = nn.Identity()
+    with pytest.raises(FidelityError, match=r"^merged/ .*lm_head\.weight is missing"):
+        check()

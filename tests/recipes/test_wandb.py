@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import wandb
 
 from tests.recipes.running import (
     RUN_FILES,
@@ -32,6 +33,9 @@ def outside_wandb(directory: Path) -> set[str]:
 
 def test_offline_run(tmp_path: Path):
     assert run(words(tmp_path)) == 0
+    # W&B's service writes the log in a process of its own, also after a run has finished: wait for
+    # its end, as leaving Python does
+    wandb.teardown()
     directory = tmp_path / "run"
     assert outside_wandb(directory) == RUN_FILES | {"wandb_id"}
     run_id = (directory / "wandb_id").read_text("utf-8")
