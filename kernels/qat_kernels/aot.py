@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from qat_kernels.support import triton
 
-MODULES = ("w4a16",)
+MODULES = ("fake_quant_triton", "w4a16_launch")
 """Kernel modules, each with a function ``shipped()``."""
 CAPABILITIES = (80, 90, 100)
 """Architectures: Ampere, Hopper, Blackwell."""
@@ -65,6 +65,8 @@ class Shipped:
     """Whether the layout allows global loads of 16 bytes."""
     capabilities: Sequence[int] = CAPABILITIES
     """Architectures for which this configuration is launched."""
+    forbidden: Sequence[str] = ()
+    """Operations that must not be in the binary, such as HGMMA (wgmma)."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ def _problems(item: Shipped, binary: Binary) -> Iterator[str]:
         yield f"spills {binary.spilled} bytes"
     if item.wide_loads and not binary.wide:
         yield "no 16-byte loads"
+    if binary.tensor_core in item.forbidden:
+        yield f"holds {binary.tensor_core}"
     limit = item.most_instructions.get(binary.capability)
     if limit is not None and (binary.instructions is None or binary.instructions > limit):
         yield f"over {limit:g} instructions per value"
