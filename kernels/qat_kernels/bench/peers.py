@@ -1,0 +1,100 @@
+"""Other projects' kernels for the same work, where they are installed and run on this device.
+
+A peer quantizes the same weight by its own method to as many bits and groups of the same size; only
+time is compared here. One that is missing, or refuses, is named in a line and left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from qat_kernels.bench.timing import Call
+
+Build = Callable[[Tensor, Tensor, int], Call]
+"""From a weight [N, K], activations [M, K] and a group size to one call."""
+
+
+def tinygemm(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
+    """The int4 kernel of torch on CUDA (``_weight_int4pack_mm``)."""
+    if not w_NK.is_cuda:
+        raise RuntimeError("a CUDA kernel")
+    n, k = w_NK.shape
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=w_NK.device)
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+    scales = torch.randn(k // group, n, 2, dtype=torch.bfloat16, device=w_NK.device)
+    return partial(torch.ops.aten._weight_int4pack_mm, x_MK, packed, group, scales)
+
+
+def torchao_int4(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
+    """The weight-only int4 layer of torchao, in the packing that fits the device."""
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    packing = "tile_packed_to_4d" if w_NK.is_cuda else "opaque"
+    layer = _linear(w_NK)
+    quantize_(layer, Int4WeightOnlyConfig(group_size=group, int4_packing_format=packing))
+    return partial(layer, x_MK)
+
+
+def torchao_int8(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
+    """The linear layer of torchao with dynamic int8 activations and int8 weights."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    layer = _linear(w_NK)
+    quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+    return partial(layer, x_MK)
+
+
+def bitsandbytes_nf4(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
+    """The NF4 layer of bitsandbytes, with double quantization."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    n, k = w_NK.shape
+    layer = Linear4bit(k, n, bias=False, compute_dtype=x_MK.dtype, quant_type="nf4")
+    layer.weight = Params4bit(
+        w_NK.cpu(), requires_grad=False, quant_type="nf4", blocksize=group, compress_statistics=True
+    )
+    return partial(layer.to(w_NK.device).eval(), x_MK)
+
+
+def _linear(w_NK: Tensor) -> nn.Linear:
+    layer = nn.Linear(w_NK.shape[1], w_NK.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(w_NK, requires_grad=False)
+    return layer
+
+
+PEERS: dict[str, tuple[str, Build]] = {
+    "torch tinygemm": ("torch", tinygemm),
+    "torchao int4": ("torchao", torchao_int4),
+    "torchao W8A8": ("torchao", torchao_int8),
+    "bitsandbytes NF4": ("bitsandbytes", bitsandbytes_nf4),
+}
+"""Name to the package that carries it, and its builder."""
+
+
+def build(name: str, weights: list[Tensor], x_MK: Tensor, group: int) -> list[Call]:
+    """The peer's calls, one for each copy of the weight; empty, with a line said, if it cannot."""
+    package, builder = PEERS[name]
+    if importlib.util.find_spec(package) is None:
+        _say(f"{name}: {package} is not installed")
+        return []
+    try:
+        calls = [builder(w_NK, x_MK, group) for w_NK in weights]
+        calls[0]()
+    # another project's code fails in its own ways, and the comparison goes on without it
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _say(f"{name}: not measured here ({first[:120]})")
+        return []
+    return calls
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Print a line once, however many cases it concerns."""
+    print(line)
