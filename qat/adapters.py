@@ -83,11 +83,8 @@ def prepare_adapters(
         UserError: see `qat.prepare.plan`; a target or module to save that matches nothing.
     """
     build = _Build(original, adapter, scheme, seed, storage, torch.device(device), new_rows, load)
-    if (
-        original.quantization is not None
-        and adapter.base != "16bit"
-        and (adapter.init in TAKES_FROM_BASE)
-    ):
+    takes = adapter.base != "16bit" and adapter.init in TAKES_FROM_BASE
+    if takes and original.quantization is not None:
         raise UserError(
             f"adapter.init={adapter.init}: changes the base, and model={original.model} is 4-bit "
             "already; take adapter.init=default, or give the 16-bit model"
@@ -97,32 +94,8 @@ def prepare_adapters(
     # names are resolved before anything is read
     targets = set(target_names(model, adapter))
     saved = saved_names(model, adapter, coverage)
-    named = [t for t in adapter.targets if t != "all-linear"]
-    both = [name for name in saved if any(_matches(name, target) for target in named)]
-    if both:
-        raise UserError(
-            f"adapter.targets and adapter.modules_to_save both name {both[0]!r}: a module trains "
-            "as a whole or through an adapter; take it out of one of them"
-        )
-    entries = {entry.name: entry for entry in coverage.entries}
-    head = model.get_output_embeddings()
     model.requires_grad_(False)
-    linears = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]
-    for name, linear in tqdm(linears, desc="base", delay=2, leave=False):
-        entry = entries.get(f"{name}.weight")
-        if entry is None or name in saved:
-            continue  # a tied head, or trained as a whole
-        if linear is head and entry.weight is None and name not in targets:
-            continue
-        layer = _layer(build, name, linear, name in targets, linear is head)
-        layer.merge_with(
-            Master(original, f"{name}.weight", layer.base_layer),
-            entry.weight,
-            entry.input,
-            scheme.observer,
-            build.keep,
-        )
-        model.set_submodule(name, layer)
+    _replace_linears(build, model, coverage, targets, saved)
     if load:
         original.fill(model, build.keep)
         _store(model, build)
@@ -132,6 +105,30 @@ def prepare_adapters(
         _train_rows(model, build)
     model.train(False)
     return model, coverage
+
+
+def _replace_linears(
+    build: _Build, model: PreTrainedModel, coverage: Coverage, targets: set[str], saved: list[str]
+) -> None:
+    """Put layers with both forms in the place of linear ones, but for what trains as a whole."""
+    entries = {entry.name: entry for entry in coverage.entries}
+    head = model.get_output_embeddings()
+    linears = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]
+    for name, linear in tqdm(linears, desc="base", delay=2, leave=False):
+        entry = entries.get(f"{name}.weight")
+        if entry is None or name in saved:
+            continue  # a tied head, or trained as a whole
+        if linear is head and entry.weight is None and name not in targets:
+            continue
+        layer = _layer(build, name, linear, name in targets, linear is head)
+        layer.merge_with(
+            Master(build.original, f"{name}.weight", layer.base_layer),
+            entry.weight,
+            entry.input,
+            build.scheme.observer,
+            build.keep,
+        )
+        model.set_submodule(name, layer)
 
 
 def _layer(
@@ -222,9 +219,8 @@ def _base(
             linear.weight = nn.Parameter(value, requires_grad=False)
         return linear
     if packed is not None:
-        return Linear4bit.from_packed(
-            packed.packed, packed.spec, packed.shape, WEIGHT_DTYPE, linear.bias
-        ).to(build.device)
+        held = Linear4bit(packed.packed, packed.spec, packed.shape, WEIGHT_DTYPE, linear.bias)
+        return held.to(build.device)
     if not build.load:
         bias = linear.bias is not None
         return Linear4bit.meta(linear.in_features, linear.out_features, spec, WEIGHT_DTYPE, bias)
@@ -354,7 +350,8 @@ def saved_names(model: PreTrainedModel, adapter: AdapterConfig, coverage: Covera
     """Full names of the modules that train as a whole.
 
     Raises:
-        UserError: a name matches nothing, or a module that the scheme quantizes.
+        UserError: a name matches nothing, a module that the scheme quantizes, or one that
+            ``targets`` names too.
     """
     modules = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters(False))]
     quantized = {entry.module for entry in coverage.entries if entry.weight is not None}
@@ -375,4 +372,11 @@ def saved_names(model: PreTrainedModel, adapter: AdapterConfig, coverage: Covera
                 f"scheme.rules='[{{match: {taken[0]}, action: keep}}]'"
             )
         chosen.update(dict.fromkeys(found))
+    named = [target for target in adapter.targets if target != "all-linear"]
+    both = [name for name in chosen if any(_matches(name, target) for target in named)]
+    if both:
+        raise UserError(
+            f"adapter.targets and adapter.modules_to_save both name {both[0]!r}: a module trains "
+            "as a whole or through an adapter; take it out of one of them"
+        )
     return list(chosen)

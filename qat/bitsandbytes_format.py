@@ -163,7 +163,7 @@ def read(prefix: str, get: Callable[[str], Tensor], names: Collection[str]) -> L
     bias = get(f"{prefix}.bias") if f"{prefix}.bias" in names else None
     n, k = state["shape"]
     try:
-        return Linear4bit.from_packed(packed, spec, (n, k), getattr(torch, state["dtype"]), bias)
+        return Linear4bit(packed, spec, (n, k), getattr(torch, state["dtype"]), bias)
     except ValueError as error:
         raise UserError(f"{prefix}: the checkpoint is damaged: {error}") from None
 

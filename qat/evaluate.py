@@ -15,7 +15,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from qat.module import forward_logits
+from qat.loss import forward_logits
 from qat.packing import Batch
 
 REFERENCE_BYTES = 1 << 30

@@ -222,7 +222,7 @@ def _logit_difference(
 def check_merged(
     trained: PreTrainedModel, coverage: Coverage, merged: PreTrainedModel, dtype: torch.dtype
 ) -> None:
-    """Compare parameters and buffers of ``merged/``, as reloaded, with the merged ones in ``dtype``.
+    """Compare parameters and buffers of ``merged/``, as reloaded, with what was merged.
 
     Raises:
         FidelityError: one differs, or is missing.

@@ -35,7 +35,17 @@ class Linear4bit(nn.Linear):
     fp32 [ceil(B / 256)] and ``offset`` fp32 [] under double quantization. The bias is a parameter
     that requires no gradient.
 
-    Built by `from_weight`, `from_packed` or `meta`.
+    Built from a weight (`from_weight`), without values (`meta`), or on quantized ones:
+
+    Args:
+        packed: the quantized weight, whose tensors become the buffers.
+        spec: how it was quantized.
+        shape: (N, K).
+        dtype: dtype to which the dequantized weight is rounded (fp32, bf16 or fp16).
+        bias: [N], or None.
+
+    Raises:
+        ValueError: ``packed`` does not fit spec and shape, or another dtype than the three.
     """
 
     codes: Tensor
@@ -82,22 +92,6 @@ class Linear4bit(nn.Linear):
         if w.ndim != 2:
             raise ValueError(f"a linear weight has two dimensions, got {tuple(w.shape)}")
         return cls(quantize_4bit(w, spec), spec, (w.shape[0], w.shape[1]), dtype, bias)
-
-    @classmethod
-    def from_packed(
-        cls,
-        packed: Packed4bit,
-        spec: Spec4bit,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        bias: Tensor | None = None,
-    ) -> Self:
-        """Take over the tensors of a quantized weight of ``shape`` (N, K).
-
-        Raises:
-            ValueError: they do not fit the spec and the shape, or another dtype than the three.
-        """
-        return cls(packed, spec, shape, dtype, bias)
 
     @classmethod
     def meta(

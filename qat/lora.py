@@ -37,24 +37,22 @@ from qat_kernels import QuantSpec
 ADAPTER = "default"
 """PEFT's name of the one adapter."""
 
-Master = Callable[[], Tensor]
-"""Gives the weight [N, K] that the adapter is merged onto, any float dtype."""
-
 
 class MergedLinear(nn.Module):
     """What both layers below share: the weight of the merged form and the quantizers on it.
 
-    Plain classes hold `base_layer` (its bias is theirs) and define `update`.
+    Subclasses hold `base_layer` (its bias is theirs), and define `update` if they change W.
     """
 
     base_layer: nn.Linear
     weight_fake_quant: WeightFakeQuant | WeightRound
     input_fake_quant: InputFakeQuant | None
-    master: Master
+    master: Callable[[], Tensor]
+    """Gives W [N, K], any float dtype; see `qat.original.Master`."""
 
     def merge_with(
         self,
-        master: Master,
+        master: Callable[[], Tensor],
         weight: QuantSpec | None,
         inputs: InputSpec | None,
         observer: ObserverConfig,
@@ -82,8 +80,8 @@ class MergedLinear(nn.Module):
         return self.base_layer.bias
 
     def update(self, w: Tensor) -> Tensor:
-        """W' [N, K] of an fp32 W [N, K]."""
-        raise NotImplementedError
+        """W' [N, K] of an fp32 W [N, K]: W itself."""
+        return w
 
     def merged_weight(self) -> Tensor:
         """W' [N, K] in fp32, differentiable in the adapter's parameters."""
@@ -127,10 +125,6 @@ class FrozenLinear(MergedLinear):
     def weight(self) -> Tensor:
         """The base layer's weight, for code that asks a Linear for its dtype or device."""
         return self.base_layer.weight
-
-    def update(self, w: Tensor) -> Tensor:
-        """W itself."""
-        return w
 
     def forward(self, x: Tensor) -> Tensor:
         """Y = x W4^T + b or x Q(W)^T + b, [..., N]."""

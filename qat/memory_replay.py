@@ -9,8 +9,8 @@ because they work through a weight in thousands of pieces.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from qat.fake_quant import WeightFakeQuant
 from qat.lora import MergedLinear
 from qat.loss import chunk_rows, chunked_loss, forward_arguments, forward_logits, head_of, loss_sum
+from qat.models import recompute_activations
 from qat.packing import Batch
 
 
@@ -153,13 +154,17 @@ def _train(model: PreTrainedModel, batch: Batch, step: Replay) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
-    with _recomputing(model, step.recompute):
-        with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16):
-            loss = _loss(model, batch, step.loss_chunk)
-        if not step.accumulates:
-            model.zero_grad()
-        loss.backward()
+    # on only for this step: the forward pass in evaluation knows nothing of it
+    if step.recompute:
+        recompute_activations(model, True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16):
+        loss = _loss(model, batch, step.loss_chunk)
+    if not step.accumulates:
+        model.zero_grad()
+    loss.backward()
     model.zero_grad()
+    if step.recompute:
+        recompute_activations(model, False)
 
 
 @torch.no_grad()
@@ -179,21 +184,6 @@ def _loss(model: PreTrainedModel, batch: Batch, loss_chunk: int) -> Tensor:
             states = decoder(**forward_arguments(model, batch)).last_hidden_state
             return chunked_loss(head_of(model), states.flatten(0, 1), labels.flatten(), rows)
     return loss_sum(forward_logits(model, batch), labels)
-
-
-@contextmanager
-def _recomputing(model: Any, on: bool) -> Iterator[None]:
-    """Activation checkpointing for a block, as `qat.training.fit` switches it."""
-    if not on:
-        yield
-        return
-    # renamed in transformers 5.2x; the old names warn there
-    what = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{what}_checkpointing_enable")({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        getattr(model, f"{what}_checkpointing_disable")()
 
 
 # --- fake weights --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -92,6 +93,17 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
         )
     loaded.eval()
     return loaded
+
+
+def recompute_activations(model: PreTrainedModel, on: bool) -> None:
+    """Switch activation checkpointing of a transformers model."""
+    # renamed in transformers 5.2x; the old names warn there
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    switch: Any = getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")
+    if on:
+        switch({"use_reentrant": False})
+    else:
+        switch()
 
 
 def meta_model(model: str) -> PreTrainedModel:

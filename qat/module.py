@@ -24,13 +24,11 @@ from transformers import PreTrainedModel
 from qat.adapter_state import trained_state
 from qat.errors import UserError
 from qat.fake_quant import observers, set_enabled
-from qat.loss import TokenLoss, forward_logits, loss_sum
+from qat.loss import TokenLoss
 from qat.optim import OptimConfig, build_optimizer, build_schedule
 from qat.packing import Batch
 from qat.trained import quantized_parameters
 from qat_kernels import fake_quantize
-
-__all__ = ["CausalLMModule", "Timing", "forward_logits", "loss_sum", "quantization_error"]
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def environment() -> dict[str, Any]:
     """Versions, hardware and threads."""
     packages = (
         *("torch", "lightning", "transformers", "compressed-tensors", "peft", "bitsandbytes"),
-        "qat-lightning",
+        *("accelerate", "liger-kernel", "qat-lightning"),
     )
     versions = {}
     for package in packages:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
@@ -17,8 +18,9 @@ from transformers import PreTrainedModel
 
 from qat.fake_quant import InputFakeQuant
 from qat.loggers import MetricsCsv
-from qat.loss import TokenLoss
-from qat.module import CausalLMModule, forward_logits
+from qat.loss import TokenLoss, forward_logits
+from qat.models import recompute_activations
+from qat.module import CausalLMModule
 from qat.packing import Batch
 
 
@@ -148,6 +150,22 @@ class Checkpoints(Callback):
         trainer.strategy.barrier()
 
 
+class DirectCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints straight to their file; Lightning's own collects each in memory first."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write what Lightning collected (the tensors themselves, no copies) to ``path``.
+
+        Raises:
+            RuntimeError: the disk is full; the OSError is its context.
+        """
+        # a file object: torch's writer for paths would not say why it failed
+        with Path(path).open("wb") as file:
+            torch.save(checkpoint, file)
+
+
 def fit(
     module: CausalLMModule,
     data: LightningDataModule,
@@ -167,40 +185,11 @@ def fit(
     directory.mkdir(parents=True, exist_ok=True)
     module.token_loss = TokenLoss(config.loss_chunk)
     validate_every = min(config.validate_every_steps, module.max_steps)
-    callbacks: list[Callback] = [
-        Checkpoints(directory, config.checkpoint_every_steps, validate_every, keep_best)
-    ]
-    if config.progress_bar:
-        callbacks.append(TQDMProgressBar(leave=True))
-    trainer = Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        # buffers are equal on all ranks by construction (observers all-reduce), and broadcasting
-        # them would hang when a rank has no validation block
-        strategy=DDPStrategy(broadcast_buffers=False)
-        if config.strategy == "ddp"
-        else config.strategy,
-        precision=config.precision,
-        max_steps=module.max_steps,
-        check_val_every_n_epoch=None,
-        callbacks=callbacks,
-        logger=loggers,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        enable_progress_bar=config.progress_bar,
-        use_distributed_sampler=False,
-    )
-    per_pass = config.micro_batch_size * trainer.world_size
-    trainer.accumulate_grad_batches = config.global_batch_size // per_pass
+    checkpoints = Checkpoints(directory, config.checkpoint_every_steps, validate_every, keep_best)
+    trainer = _trainer(config, module.max_steps, checkpoints, loggers)
     trainer.val_check_interval = validate_every * trainer.accumulate_grad_batches
     if config.activation_checkpointing:
-        # renamed in transformers 5.2x; the old name warns there
-        model: Any = module.model
-        name = "activation_checkpointing_enable"
-        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute_activations(module.model, True)
     module.train()  # transformers loads models in eval mode
     last = directory / "last.ckpt"
     for logger in loggers:
@@ -213,6 +202,39 @@ def fit(
     module.model.eval()
     # the trainer holds the optimizer's state, which nobody needs any more
     module.trainer, data.trainer = None, None
+
+
+def _trainer(
+    config: TrainerConfig, max_steps: int, checkpoints: Checkpoints, loggers: list[Logger]
+) -> Trainer:
+    """Lightning's trainer, set to the micro-batches that this number of devices makes."""
+    callbacks: list[Callback] = [checkpoints]
+    if config.progress_bar:
+        callbacks.append(TQDMProgressBar(leave=True))
+    trainer = Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        # buffers are equal on all ranks by construction (observers all-reduce), and broadcasting
+        # them would hang when a rank has no validation block
+        strategy=DDPStrategy(broadcast_buffers=False)
+        if config.strategy == "ddp"
+        else config.strategy,
+        precision=config.precision,
+        max_steps=max_steps,
+        check_val_every_n_epoch=None,
+        callbacks=callbacks,
+        plugins=[DirectCheckpointIO()],
+        logger=loggers,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        enable_progress_bar=config.progress_bar,
+        use_distributed_sampler=False,
+    )
+    per_pass = config.micro_batch_size * trainer.world_size
+    trainer.accumulate_grad_batches = config.global_batch_size // per_pass
+    return trainer
 
 
 def training_device(config: TrainerConfig) -> torch.device:

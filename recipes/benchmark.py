@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from qat.loss import forward_logits, loss_sum
 from qat.memory_meter import peak_memory_bytes
-from qat.module import forward_logits, loss_sum
 from qat.optim import build_optimizer
 from qat.packing import Batch
 from qat.prepare import prepare

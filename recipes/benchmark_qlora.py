@@ -35,7 +35,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def run(config: AdapterBenchmarkConfig) -> None:
         "predicted_step_bytes": predicted,
         "check": check,
         "config": asdict(config),
-        "environment": _environment(),
+        "environment": environment(),
     }
     print(f"\n{table(result)}")
     if output is not None:
@@ -111,17 +111,6 @@ def run(config: AdapterBenchmarkConfig) -> None:
 
 def _both(kinds: list[Contestant]) -> bool:
     return {"ours", "peft"} <= set(kinds)
-
-
-def _environment() -> dict[str, Any]:
-    """Of the run, with the peer's packages."""
-    found = environment()
-    for package in ("peft", "bitsandbytes", "accelerate", "liger-kernel"):
-        try:
-            found["versions"][package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found["versions"][package] = "not installed"
-    return found
 
 
 # --- the comparison ------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qat.adapters import prepare_adapters, target_names
 from qat.fake_quant import set_enabled
 from qat.loss import TokenLoss
+from qat.models import recompute_activations
 from qat.optim import build_optimizer
 from qat.original import OriginalWeights
 from qat.packing import Batch
@@ -105,7 +105,8 @@ def build(config: AdapterBenchmarkConfig, model: Path, kind: Contestant) -> Entr
     ours, _ = prepare_adapters(
         original, config.adapter, config.scheme, config.seed, storage_of(config), device_of(config)
     )
-    _recompute(ours, config)
+    if config.activation_checkpointing:
+        recompute_activations(ours, True)
     ours.train()
     token_loss = TokenLoss(config.loss_chunk)
     targets = int((batch["labels"] != -100).sum())
@@ -138,7 +139,8 @@ def _peer(config: AdapterBenchmarkConfig, model: Path) -> nn.Module:
         for layer in base.modules():
             if isinstance(layer, layer_type):
                 layer.support_avx512bf16_for_cpu = False
-    _recompute(base, config)
+    if config.activation_checkpointing:
+        recompute_activations(base, True)
     # the very names, so that both have the same adapters
     targets = target_names(OriginalWeights(str(model)).skeleton(), adapter)
     with warnings.catch_warnings():
@@ -146,15 +148,6 @@ def _peer(config: AdapterBenchmarkConfig, model: Path) -> nn.Module:
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         peer: nn.Module = get_peft_model(base, adapter.peft(targets))
     return peer.train()
-
-
-def _recompute(model: Any, config: AdapterBenchmarkConfig) -> None:
-    """Switch activation checkpointing on, if asked for."""
-    if config.activation_checkpointing:
-        # renamed in transformers 5.2x; the old name warns there
-        name = "activation_checkpointing_enable"
-        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
 
 
 def _batch(config: AdapterBenchmarkConfig) -> Batch:

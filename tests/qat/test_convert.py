@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, Llama4TextConfi
 from qat import convert, fidelity
 from qat.errors import UserError
 from qat.fake_quant import observers
+from qat.loss import forward_logits, loss_sum
 from qat.models import load_model
-from qat.module import forward_logits, loss_sum
 from qat.prepare import prepare
 from qat.scheme import InputSpec, Rule, Scheme
 from qat.trained import quantized_parameters

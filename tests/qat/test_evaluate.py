@@ -7,7 +7,7 @@ import torch
 
 from qat import evaluate
 from qat.evaluate import EvaluateConfig, Reference, measure
-from qat.module import forward_logits
+from qat.loss import forward_logits
 from tests.tiny import random_batch, tiny
 
 

@@ -45,7 +45,7 @@ def test_forward_is_a_linear_on_the_dequantized_weight(spec, bias):
     torch.manual_seed(0)
     packed = quantize_4bit(torch.randn(N, K), spec)
     assert torch.equal(layer.weight, dequantize_4bit(packed, spec, (N, K), torch.bfloat16))
-    again = Linear4bit.from_packed(packed, spec, (N, K), torch.bfloat16, layer.bias)
+    again = Linear4bit(packed, spec, (N, K), torch.bfloat16, layer.bias)
     assert torch.equal(again(x), expected)
 
 
@@ -208,7 +208,7 @@ def test_bad_weights_are_refused():
         Linear4bit.from_weight(torch.ones(2, 2), Spec4bit(), torch.float64)
     layer = layer_of(Spec4bit(block_size=4096), bias=False)
     with pytest.raises(ValueError, match=r"a weight \(96, 48\)"):
-        Linear4bit.from_packed(layer.packed, Spec4bit(), (K, N), torch.float32)
+        Linear4bit(layer.packed, Spec4bit(), (K, N), torch.float32)
     with pytest.raises(ValueError, match="NaN"):
         Linear4bit.from_weight(torch.full((2, 2), float("nan")), Spec4bit(), torch.float32)
 

@@ -70,9 +70,16 @@ def test_weights_gradients_and_copies_follow_the_parameter_counts():
 
 def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing():
     one = predicted().activations
-    two = predicted(micro_batch_size=8, global_batch_size=8).activations
-    # what does not grow is in `copies`; it can be alive at another moment than the peak
-    assert two == pytest.approx(2 * one, rel=0.05)
+
+    def step(blocks):
+        result = predicted(micro_batch_size=blocks, global_batch_size=blocks)
+        return result.gradients + result.copies + result.activations
+
+    # At the peak, in the backward pass of the loss, what does not grow is the rounded copies of all
+    # weights but the embedding's, whose own backward pass does not need it, and in 4 bytes each the
+    # loss and its gradient. Gradients of the step before are gone, and none of this one is made.
+    fixed = 4 * counts()[0] - 4 * VOCAB * HIDDEN + 8
+    assert 2 * step(4) - step(8) == 2 * step(8) - step(16) == fixed
     assert predicted(activation_checkpointing=True).activations < one / 2
     assert predicted(precision="bf16-mixed").activations < one
     assert predicted(loss_chunk=64).activations < one
@@ -165,14 +172,20 @@ def test_the_measured_peak_is_at_least_what_is_resident_now():
 
 
 def test_the_meter_sees_a_phase_and_not_the_one_inside_it():
-    meter, size = MemoryMeter(give_back=True), 64 << 20
-    with meter.phase("outer"):
-        torch.ones(size // 4)
-        with meter.phase("inner"):
-            torch.ones(2 * size // 4)
-    # 2 MiB: other allocations and the kernel's batches
-    assert meter.host["outer"] == pytest.approx(size, abs=2 << 20)
-    assert meter.host["inner"] == pytest.approx(2 * size, abs=2 << 20)
+    size = 64 << 20
+    # twice, since the first use of things costs memory of its own
+    for _ in range(2):
+        meter = MemoryMeter(give_back=True)
+        with meter.phase("outer"):
+            b"x" * size
+            with meter.phase("inner"):
+                b"x" * (2 * size)
+    # The kernel counts pages (4 KiB) in batches: a reading is off by up to 32 for each CPU that ran
+    # the process (by 64 for each thread before Linux 6.2). Growth is a difference of two readings,
+    # and the one busy thread may have come to four CPUs: 2 x 4 x 32 x 4 KiB.
+    tolerance = 1 << 20
+    assert meter.host["outer"] == pytest.approx(size, abs=tolerance)
+    assert meter.host["inner"] == pytest.approx(2 * size, abs=tolerance)
     assert meter.peak == meter.host["inner"]
 
 

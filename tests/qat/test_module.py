@@ -9,7 +9,8 @@ from lightning import LightningDataModule
 
 from qat.fake_quant import InputFakeQuant, Quantizer, observers
 from qat.loggers import MetricsCsv, read_metrics
-from qat.module import CausalLMModule, Timing, forward_logits, loss_sum, quantization_error
+from qat.loss import forward_logits, loss_sum
+from qat.module import CausalLMModule, Timing, quantization_error
 from qat.optim import OptimConfig, lr_factor
 from qat.prepare import prepare
 from qat.scheme import InputSpec, ObserverConfig, Scheme
