@@ -1,5 +1,6 @@
 """Low-bit numerics and kernels. Importing needs no GPU and compiles nothing."""
 
+from qat_kernels.dispatch import explain
 from qat_kernels.numerics import (
     QuantSpec,
     check_finite,
@@ -16,6 +17,7 @@ __all__ = [
     "check_finite",
     "compute_scale",
     "dequantize",
+    "explain",
     "fake_quantize",
     "pack",
     "quantize",

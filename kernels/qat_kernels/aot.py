@@ -31,7 +31,15 @@ from tqdm import tqdm
 
 from qat_kernels.support import triton
 
-MODULES = ("fake_quant_triton", "w4a16_launch")
+MODULES = (
+    "fake_quant_launch",
+    "nf4_launch",
+    "w4a16_launch",
+    "activation_quant",
+    "scaled_matmul",
+    "kv_cache_triton",
+    "kv_cache_write",
+)
 """Kernel modules, each with a function ``shipped()``."""
 CAPABILITIES = (80, 90, 100)
 """Architectures: Ampere, Hopper, Blackwell."""
@@ -145,7 +153,7 @@ def inspect(item: Shipped, capability: int) -> Binary:
     wide = sum(
         bool(re.match(r"(LDG|LDGSTS)\b.*\.128|UBLKCP|UTMALDG", op)) for op in code.operations
     )
-    kinds = ("UTCHMMA", "UTCIMMA", "HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "QMMA")
+    kinds = ("UTCHMMA", "UTCIMMA", "UTCQMMA", "HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "QMMA")
     used = [kind for kind in kinds if any(op.startswith(kind) for op in code.operations)]
     per_value = None
     if item.values:

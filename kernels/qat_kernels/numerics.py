@@ -309,14 +309,16 @@ def fake_quantize(w: Tensor, spec: QuantSpec, out_dtype: torch.dtype = torch.flo
     return out
 
 
-def clip_gradient(grad: Tensor, w: Tensor, spec: QuantSpec) -> Tensor:
+def clip_gradient(
+    grad: Tensor, w: Tensor, spec: QuantSpec, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """Straight-through gradient: grad inside [q_min - 1/2, q_max + 1/2] * s, zero outside.
 
-    grad and w [..., N, K]; returns grad's dtype. The scale is computed again from w, so that
-    nothing but the weight has to live until the backward pass. The half step on either side
-    matters: read strictly, half of the groups' largest weights would get no gradient.
+    grad and w [..., N, K]; returns ``out_dtype`` (default: grad's dtype). The scale is computed
+    again from w, so that nothing but the weight has to live until the backward pass. The half step
+    on either side matters: read strictly, half of the groups' largest weights would get none.
     """
-    out = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    out = torch.empty_like(grad, dtype=out_dtype, memory_format=torch.contiguous_format)
     # allocated once: fresh memory for each chunk costs more than the arithmetic
     t, inside = torch.empty(0), torch.empty(0)
     for w_c, grad_c, out_c in _chunks((w.detach(), grad, out), spec):

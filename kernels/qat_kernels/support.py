@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 try:
-    import triton
+    # under its own name, because kernel modules import it from here
+    import triton as triton
 except ImportError:  # no wheel for this platform: the CPU paths need none
     triton = None
 

@@ -221,10 +221,9 @@ def check(device: torch.device, bits: int, group: int, half: torch.dtype, zero: 
     expected = (x.float() @ weight.T).to(half)
     words, high = to_planes(codes, plan)
     grouped = [None if t is None else to_groups(t, plan, group, k) for t in (scale, zeros)]
-    words, high, scale_G, zeros_G = (
-        None if t is None else t.to(device) for t in (words, high, *grouped)
-    )
-    assert words is not None and scale_G is not None  # noqa: PT018
+    high, scale_G, zeros_G = (None if t is None else t.to(device) for t in (high, *grouped))
+    words = words.to(device)
+    assert scale_G is not None
     dense = dequantize(words, high, scale_G, zeros_G, plan, k, half)
     if not torch.equal(dense.cpu(), weight.to(half)):
         return False
@@ -250,8 +249,8 @@ def shipped() -> Iterator[Shipped]:
         name="w4a16 sum of 4 parts",
         kernel=reduce_kernel,
         types={"part_ptr": "*fp32", "bias_ptr": "*bf16", "residual_ptr": "*bf16", "y_ptr": "*bf16"}
-        | {"M": "i32", "N": "i32"},
-        constants={"BIAS": True, "RESIDUAL": True, "SPLITS": 4, "BLOCK": REDUCE_BLOCK},
+        | {"N": "i32"},
+        constants={"BIAS": True, "RESIDUAL": True, "SPLITS": 4, "BLOCK": REDUCE_BLOCK, "M": 1},
         num_warps=4,
         divisible=("N",),
         # rows times features is only known to be a multiple of 16 through N, 64 bits wide
@@ -279,8 +278,12 @@ def _shipped_matmul(bits: int, group: int, half: str, zero: bool, m: int, fast: 
     return Shipped(
         name=f"w4a16 {name} {'fast' if fast else 'safe'}",
         kernel=matmul_kernel,
-        types=_pointers(bits, zero) | dense | {"M": "i32", "N": "i32", "K": "i32", "CHUNKS": "i32"},
-        constants=_constants(plan, zero, even=True)
+        types=_pointers(bits, zero)
+        | dense
+        | dict.fromkeys(("M", "N", "K", "CHUNKS")[m == 1 :], "i32"),
+        # Triton compiles an argument of one into the kernel
+        constants=dict.fromkeys(("M",)[: m == 1], 1)
+        | _constants(plan, zero, even=True)
         | {"BIAS": False, "RESIDUAL": False, "TYPE": half, "SPLITS": config.splits}
         | {"BLOCK_M": block_m, "BLOCK_N": config.block_n, "REPEAT": plan.repeat},
         num_warps=config.num_warps,

@@ -110,16 +110,14 @@ def _weights(
         if BITS == 3:
             if ZERO:
                 operands = [words, high, tl.broadcast_to(offset, words.shape)]
-                constraints: tl.constexpr = "=r,r,r,r"
             else:
                 operands = [words, high]
-                constraints: tl.constexpr = "=r,r,r"
         elif ZERO:
             operands = [words, tl.broadcast_to(offset, words.shape)]
-            constraints: tl.constexpr = "=r,r,r"
         else:
             operands = [words]
-            constraints: tl.constexpr = "=r,r"
+        # a register for the result and for each operand
+        constraints: tl.constexpr = "=r,r" + ",r" * ((BITS == 3) + ZERO)
         result = tl.inline_asm_elementwise(
             asm[FIELD], constraints, operands, dtype=offset.dtype, is_pure=True, pack=2
         )
@@ -236,7 +234,8 @@ def reduce_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Write y [M, N], the sum over the parts [SPLITS, M, N], in order, plus bias and residual."""
-    size = M.to(tl.int64) * N
+    # M is a constant where it is 1
+    size = tl.cast(M, tl.int64) * N
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = i < size
     total = tl.load(part_ptr + i, mask=ok, other=0.0)

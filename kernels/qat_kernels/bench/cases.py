@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qat_kernels import activation_quant, scaled_matmul, w4a16, w8a8
+from qat_kernels.activation_quant import Format
 from qat_kernels.bench.peers import build
 from qat_kernels.bench.timing import Call, copies
 from qat_kernels.numerics import QuantSpec, compute_scale, pack, quantize
@@ -119,13 +120,14 @@ def _int8(device: torch.device, m: int, n: int, k: int) -> Case:
 
 def activations(device: torch.device, small: bool) -> Iterator[Factory]:
     """Quantizing activations, alone and with the RMSNorm before it."""
-    for to in ("int8", "e4m3"):
+    formats: tuple[Format, ...] = ("int8", "e4m3")
+    for to in formats:
         for norm in (False, True):
             for m in rows(device, small):
                 yield partial(_activations, device, m, 128 if small else 4096, to, norm)
 
 
-def _activations(device: torch.device, m: int, k: int, to: str, norm: bool) -> Case:
+def _activations(device: torch.device, m: int, k: int, to: Format, norm: bool) -> Case:
     inputs = [
         torch.randn(m, k, device=device).to(torch.bfloat16)
         for _ in range(copies(2 * m * k, device))

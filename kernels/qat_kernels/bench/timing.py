@@ -76,7 +76,8 @@ def _time_cuda(call: Call, device: torch.device) -> float:
     call()
     end.record()
     torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1000
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1000
 
 
 def copies(data_bytes: int, device: torch.device) -> int:

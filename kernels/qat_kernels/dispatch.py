@@ -14,7 +14,15 @@ import torch
 
 from qat_kernels.support import Choice
 
-OPERATIONS = ("w4a16",)
+OPERATIONS = (
+    "activation_quant",
+    "fake_quant",
+    "kv_cache",
+    "nf4",
+    "scaled_matmul",
+    "w4a16",
+    "w8a8",
+)
 """Operations, each a module with a function ``choose(shape, device, **options) -> Choice``."""
 
 
