@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from qat.errors import UserError
+from qat.kv_cache import make_cache
 from qat.models import load_tokenizer
 from qat.runtime import load_packed, read_artifact_config
 
@@ -30,6 +31,8 @@ class GenerateOptions:
     """Wrap the prompt in the tokenizer's chat template, where it has one."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of activations and kept weights; float32 computes what plain transformers computes."""
+    kv_cache: Literal["none", "int8", "int4"] = "none"
+    """Keys and values in codes of 8 or 4 bits: less memory; none keeps them in ``dtype``."""
     device: str | None = None
     """Device such as cpu or cuda:0; null takes the first GPU, else the CPU."""
 
@@ -58,8 +61,9 @@ def generate(
         The generated text without the prompt.
 
     Raises:
-        UserError: not a whole artifact, no tokenizer in it, a device that is not there, or a
-            prompt that is empty or longer than the model's context.
+        UserError: not a whole artifact, no tokenizer in it, a device that is not there, a prompt
+            that is empty or longer than the model's context, or a model whose attention a
+            quantized cache does not cover.
     """
     options = options or GenerateOptions()
     path = Path(artifact)
@@ -195,6 +199,7 @@ def _generate_ids(
             eos_token_id=end,
             pad_token_id=0 if pad is None else pad,
             streamer=streamer if stream else None,
+            **make_cache(model, options.kv_cache, length + options.max_new_tokens),
             **_sampling(options),
         )
     new_ids: torch.Tensor = output[0, length:]

@@ -17,6 +17,7 @@ from qat_kernels.support import Choice
 OPERATIONS = (
     "activation_quant",
     "fake_quant",
+    "fp8",
     "kv_cache",
     "nf4",
     "scaled_matmul",
@@ -34,7 +35,7 @@ def explain(
     Args:
         op: one of `OPERATIONS`.
         shape: the operation's sizes, as the module's ``choose`` names them: (M, N, K) for matmuls.
-        device: where it would run. A CUDA device must exist to be asked for.
+        device: where it would run.
         options: what else the choice depends on (dtype, bits, group size ...), see ``choose``;
             a dtype may be given by name.
 

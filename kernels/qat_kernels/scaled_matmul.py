@@ -2,7 +2,7 @@ r"""Matmul of int8 or FP8 (e4m3) codes with scales: what W8A8 and FP8 layers run
 
 Equation, for row m and feature n::
 
-    y[m, n] = (sum_k x[m, k] * w[n, k]) * (x_scale[m] * w_scale[n]) + bias[n]
+    y[m, n] = ((sum_k x[m, k] * w[n, k]) * w_scale[n]) * x_scale[m] + bias[n]
 
 int8: the sum is an exact int32 (K < 2^17, for K * 2^7 * 2^7 < 2^31), converted to fp32 once; so the
 result depends on nothing but its row and column, whatever the tile. e4m3: products are exact, sums
@@ -73,7 +73,7 @@ def reference(
         total = (x_MK.double() @ w_NK.double().T).to(torch.float32)
     else:
         total = x_MK.to(torch.float32) @ w_NK.to(torch.float32).T
-    y = total * (x_scale.reshape(-1, 1) * w_scale.reshape(1, -1))
+    y = total * w_scale.reshape(1, -1) * x_scale.reshape(-1, 1)
     if bias_N is not None:
         y = y + bias_N.to(torch.float32)
     return y.to(dtype)
@@ -128,7 +128,7 @@ def _kernel(
             )
     x_scale = tl.load(x_scale_ptr + (m_row if X_ROWS else m_row * 0))
     w_scale = tl.load(w_scale_ptr + (n_row if W_ROWS else n_row * 0))
-    y_NM = acc_NM.to(tl.float32) * (x_scale[None, :] * w_scale[:, None])
+    y_NM = acc_NM.to(tl.float32) * w_scale[:, None] * x_scale[None, :]
     if BIAS:
         y_NM += tl.load(bias_ptr + n_row).to(tl.float32)[:, None]
     y_MN = tl.trans(y_NM.to(y_ptr.dtype.element_ty))

@@ -67,6 +67,8 @@ def kernels_run_on(device: torch.device) -> Choice | None:
         return Choice("reference", "Triton is not installed")
     if device.type != "cuda":
         return Choice("reference", f"Triton kernels are for CUDA, this is {device.type}")
+    if not torch.cuda.is_available():
+        return Choice("reference", "no CUDA device here")
     if torch.version.hip is not None:
         return Choice("reference", "Triton kernels are written for NVIDIA GPUs")
     capability = capability_of(device)

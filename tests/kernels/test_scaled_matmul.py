@@ -87,7 +87,7 @@ def test_int8_is_exact_up_to_the_longest_row() -> None:
 def test_int8_epilogue_in_the_order_written(m: int, n: int, k: int) -> None:
     case = Case(m, n, k, INT8)
     total = (case.x.long() @ case.w.long().T).float()
-    expected = total * (case.x_scale * case.w_scale.T) + case.bias
+    expected = total * case.w_scale.T * case.x_scale + case.bias
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         y = reference(*case.arguments(), dtype=dtype)
         assert torch.equal(y, expected.to(dtype))

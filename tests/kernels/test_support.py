@@ -23,6 +23,14 @@ def test_the_cpu_is_no_place_for_triton() -> None:
     assert str(choice) == "reference: Triton kernels are for CUDA, this is cpu"
 
 
+def test_a_gpu_that_is_not_there() -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    choice = support.kernels_run_on(torch.device("cuda"))
+    assert choice == support.Choice("reference", "no CUDA device here")
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "triton", None)
     choice = support.kernels_run_on(torch.device("cuda"))
@@ -33,6 +41,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_old_gpus_take_the_slow_path(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(support, "capability_of", lambda device: (7, 5))
     choice = support.kernels_run_on(torch.device("cuda"))
     assert choice is not None
