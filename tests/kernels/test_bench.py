@@ -12,6 +12,7 @@ import torch
 from qat_kernels.bench import peers, report, timing
 from qat_kernels.bench.__main__ import main
 from qat_kernels.bench.cases import BENCHMARKS
+from qat_kernels.dispatch import OPERATIONS
 
 CPU = torch.device("cpu")
 
@@ -38,6 +39,10 @@ def test_a_kernel_is_measured_beside_its_baseline(name: str, tmp_path: Path) -> 
     first = rows[0]
     assert float(first["speed_up"]) == 1.0
     assert (tmp_path / f"{name}-cpu.png").stat().st_size > 5000
+
+
+def test_every_operation_has_a_benchmark() -> None:
+    assert set(BENCHMARKS) == set(OPERATIONS)
 
 
 def test_contestants_take_turns() -> None:

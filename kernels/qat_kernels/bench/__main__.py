@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from qat_kernels.bench import report
-from qat_kernels.bench.cases import BENCHMARKS, Case
+from qat_kernels.bench.case import Case
+from qat_kernels.bench.cases import BENCHMARKS
 from qat_kernels.bench.timing import Floor, floor, measure
 
 
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: no CUDA device here; use --device cpu")
-    with torch.inference_mode():
+    with torch.no_grad():
         rows = run(options.names, device, options.seconds, options.small)
     print(report.table(rows))
     paths = report.append(rows, options.results)

@@ -62,6 +62,30 @@ def bitsandbytes_nf4(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
     return partial(layer.to(w_NK.device).eval(), x_MK)
 
 
+def bitsandbytes_dequantize(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
+    """The NF4 dequantization of bitsandbytes, with double quantization."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(w_NK, blocksize=group, compress_statistics=True, quant_type="nf4")
+    return partial(dequantize_4bit, packed, state)
+
+
+def torchao_fake_quant(w_NK: Tensor, grad: Tensor, group: int) -> Call:
+    """The int4 fake quantizer of torchao in eager mode, forward and backward."""
+    from torchao.quantization.qat import IntxFakeQuantizeConfig
+    from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
+
+    four_bits = torch.int4  # type: ignore[attr-defined]
+    quantizer = IntxFakeQuantizer(IntxFakeQuantizeConfig(four_bits, group_size=group))
+
+    def step() -> None:
+        with torch.enable_grad():
+            leaf = w_NK.detach().requires_grad_()
+            quantizer(leaf).to(grad.dtype).backward(grad)
+
+    return step
+
+
 def _linear(w_NK: Tensor) -> nn.Linear:
     layer = nn.Linear(w_NK.shape[1], w_NK.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(w_NK, requires_grad=False)
@@ -72,7 +96,9 @@ PEERS: dict[str, tuple[str, Build]] = {
     "torch tinygemm": ("torch", tinygemm),
     "torchao int4": ("torchao", torchao_int4),
     "torchao W8A8": ("torchao", torchao_int8),
+    "torchao fake-quant": ("torchao", torchao_fake_quant),
     "bitsandbytes NF4": ("bitsandbytes", bitsandbytes_nf4),
+    "bitsandbytes dequantize": ("bitsandbytes", bitsandbytes_dequantize),
 }
 """Name to the package that carries it, and its builder."""
 
