@@ -22,6 +22,7 @@ from qat_kernels.nf4 import (
     linear_4bit,
     quantize_4bit,
 )
+from qat_kernels.nf4_lora import linear_4bit_lora
 
 BUFFERS = ("codes", "absmax", "nested_absmax", "offset")
 """Names of the layer's buffers, which are the fields of `Packed4bit`."""
@@ -135,14 +136,35 @@ class Linear4bit(nn.Linear):
         """The dequantized weight [N, K] in ``weight_dtype``: a new, plain tensor."""
         return dequantize_4bit(self.packed, self.spec, self.shape, self.weight_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., K] to [..., N] in the dtype of x, or in autocast's where that is on."""
+    def _operand(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
+        """(x in the dtype of the matmul, dtype that W is rounded to)."""
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         # fp32 rounded to x's dtype is what dequantizing to that dtype gives, without the fp32 copy
-        dtype = x.dtype if self.weight_dtype is torch.float32 else self.weight_dtype
+        return x, x.dtype if self.weight_dtype is torch.float32 else self.weight_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., K] to [..., N] in the dtype of x, or in autocast's where that is on."""
+        x, dtype = self._operand(x)
         return linear_4bit(x, self.packed, self.spec, self.shape, dtype, self.bias)
+
+    def adapted(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """`forward` plus scaling (x A^T) B^T, in one operator; differentiable in x, A and B.
+
+        Args:
+            x: [..., K].
+            a: A [R, K], any float dtype: computed in that of `forward`'s result.
+            b: B [N, R], likewise.
+            scaling: the adapter's factor.
+
+        Raises:
+            ValueError: shapes do not fit.
+        """
+        x, dtype = self._operand(x)
+        return linear_4bit_lora(
+            x, self.packed, self.spec, self.shape, dtype, a, b, scaling, self.bias
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before: dict[str, Any] = {name: self._buffers[name] for name in BUFFERS}

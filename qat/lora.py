@@ -208,8 +208,11 @@ class LoraLinear(PeftLoraLinear, MergedLinear):
         return scale[:, None] * value
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Plain by PEFT, or merged; [..., N]."""
+        """Plain by PEFT (by one operator where `_fuses`), or merged; [..., N]."""
         if not self.computes_merged:
+            base = self.base_layer
+            if isinstance(base, Linear4bit) and not (args or kwargs) and self._fuses(x):
+                return base.adapted(x, *self.factors, self.scaling[ADAPTER])
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
         y = self.merged_forward(x)
@@ -217,6 +220,22 @@ class LoraLinear(PeftLoraLinear, MergedLinear):
         if self.training and not isinstance(dropout, nn.Identity):
             y = y + self._noise(dropout(x) - x).to(y.dtype)
         return y
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether one operator computes the plain form: vanilla LoRA without dropout, on a GPU.
+
+        The adapter's matmuls must be in the dtype of x, as PEFT's are where they are cast anyway.
+        """
+        a, b = self.lora_A[ADAPTER], self.lora_B[ADAPTER]
+        identity = isinstance(self.lora_dropout[ADAPTER], nn.Identity)
+        return (
+            x.is_cuda
+            and (identity or not self.training)
+            and not (self.disable_adapters or self.merged or self.lora_variant)
+            and self.active_adapters == [ADAPTER]
+            and (a.bias is None and b.bias is None)
+            and (torch.is_autocast_enabled("cuda") or a.weight.dtype == x.dtype)
+        )
 
     def _noise(self, x: Tensor) -> Tensor:
         """What dropout adds: the adapter's answer to the difference that it makes to x."""

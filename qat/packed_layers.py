@@ -1,6 +1,6 @@
 """The layers that stand in for ``nn.Linear`` when an artifact is served: weights stay packed.
 
-Shapes: x [..., K], weight [N, K], y [..., N]. Both layers are for inference only.
+Shapes: x [..., K], weight [N, K], y [..., N]. All layers are for inference only.
 """
 
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qat_kernels import QuantSpec
-from qat_kernels.numerics import dequantize, fake_quantize_with, token_scale
+from qat_kernels import w8a8
 from qat_kernels.w4a16 import PackedWeight, linear
+from qat_kernels.w8a8 import InputReuse, PackedInt8
 
 
 class _QuantizedLinear(nn.Module):
@@ -71,40 +71,72 @@ class PackedLinear(_QuantizedLinear):
 
 
 class Int8Linear(_QuantizedLinear):
-    """y = x_hat W^T + b with int8 codes of W [N, K] and int8 inputs (reference arithmetic).
+    """y = x_hat W^T + b with int8 codes of W and int8 inputs, through `qat_kernels.w8a8.linear`.
 
-    x_hat is x rounded to int8 per token (absmax / 127.5, any shape of x) or with the static
-    ``input_scale``; in fp32 that is what compressed-tensors computes. Without an input spec x is
-    left as it is. The weight is dequantized in each call.
+    x_hat is x [..., K] rounded to int8 per token (absmax / 127.5) or with a static scale. In fp32
+    the result is what compressed-tensors computes. Layers with the same ``reuse`` quantize an input
+    that they share once.
     """
 
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    input_scale: Tensor | None
-
     def __init__(
-        self,
-        codes_NK: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        input_scale: Tensor | None,
-        input_spec: QuantSpec | None,
-        bias: Tensor | None,
-        dtype: torch.dtype,
+        self, weight: PackedInt8, bias: Tensor | None, reuse: InputReuse | None = None
     ) -> None:
-        super().__init__(codes_NK.shape[1], codes_NK.shape[0], bias)
-        self.dtype = dtype
-        self.input_spec = input_spec
-        self.register_buffer("codes", codes_NK, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("zero_point", zero_point, persistent=False)
-        self.register_buffer("input_scale", input_scale, persistent=False)
+        super().__init__(weight.in_features, weight.out_features, bias)
+        self.dtype = weight.dtype
+        self.packed = weight
+        self.reuse = reuse
+        self.register_buffer("codes", weight.codes, persistent=False)
+        self.register_buffer("scale", weight.scale, persistent=False)
+        self.register_buffer("zero_point", weight.zero_point, persistent=False)
+        self.register_buffer("input_scale", weight.input_scale, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output [..., N] in the dtype of x."""
-        if self.input_spec is not None:
-            scale = token_scale(x) if self.input_scale is None else self.input_scale
-            x = fake_quantize_with(x, scale, self.input_spec)[0].to(x.dtype)
-        weight_NK = dequantize(self.codes, self.scale, self.zero_point).to(x.dtype)
-        return functional.linear(x, weight_NK, self.bias)
+        return w8a8.linear(x, self.packed, self.bias, self.reuse)
+
+    def extra_repr(self) -> str:
+        """Sizes, the kind of inputs and the path that runs."""
+        inputs = "dynamic" if self.packed.input_scale is None else "static"
+        return f"{super().extra_repr()}, inputs={inputs}, path={self.packed.path}"
+
+
+class KeptLinear(nn.Linear):
+    """A 16-bit ``nn.Linear`` on the CPU whose rows do not depend on how many there are.
+
+    ATen multiplies a single row by another routine (gemv) than several, and rounds differently:
+    0.05 % of bf16 outputs changed. So a single row is computed as one of ``rows`` equal ones. Where
+    even that depends on their number (`rows_agree`), all rows go in tiles of `TILE`.
+    """
+
+    TILE = 16
+    """Rows of a tile, where tiles are needed."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        # not Linear.__init__: it would allocate a second weight
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.tiled = not self.rows_agree()
+        self.train(linear.training)
+
+    @torch.no_grad()
+    def rows_agree(self) -> bool:
+        """Whether 2, 5 and 33 rows give the same bits, on this machine and for this weight."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(33, self.in_features, generator=generator).to(self.weight.dtype)
+        y = functional.linear(x, self.weight, self.bias)
+        return all(
+            torch.equal(functional.linear(x[:m], self.weight, self.bias), y[:m]) for m in (2, 5)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output [..., N] in the dtype of x."""
+        rows = x.numel() // self.in_features
+        if rows > 1 and not self.tiled:
+            return functional.linear(x, self.weight, self.bias)
+        if rows == 0:
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        tile = self.TILE if self.tiled else 2
+        flat = functional.pad(x.reshape(rows, -1), (0, 0, 0, -rows % tile))
+        parts = [functional.linear(part, self.weight, self.bias) for part in flat.split(tile)]
+        return torch.cat(parts)[:rows].view(*x.shape[:-1], -1)

@@ -6,6 +6,11 @@ quantized ``nn.Linear`` and fills in everything else from the memory-mapped safe
 quantized layer ever exists in 16 bit. With ``dtype=torch.float32`` the model computes what plain
 transformers computes from the same files, bit for bit.
 
+In 16 bit on the CPU a sequence gets the same answer in every batch: quantized layers compute rows
+one by one, what is kept becomes `KeptLinear`, and `qat.row_attention` skips padding instead of
+masking it. (Prefill of `qat_kernels.w4a16_cpu.PREFILL_TOKENS` and more computes sequence by
+sequence: equal for prompts of equal length.)
+
 What these modules do not cover (packed experts, subclasses of Linear, float formats, quantized
 caches) is loaded by plain transformers, and a log line says so and why.
 """
@@ -24,11 +29,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from qat.errors import UserError
-from qat.packed_layers import Int8Linear, PackedLinear
+from qat.packed_layers import Int8Linear, KeptLinear, PackedLinear
+from qat.row_attention import attend_by_row
 from qat.tensor_files import TensorFiles, read_json
-from qat_kernels import QuantSpec
-from qat_kernels.numerics import unpack
-from qat_kernels.w4a16 import prepare
+from qat_kernels import QuantSpec, w4a16, w8a8
+from qat_kernels.numerics import pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +76,8 @@ def load_packed(
             model = _skeleton(config, dtype)
             _swap_layers(model, layers, files, dtype, device)
             _fill(model, files, device, path)
+            if device.type == "cpu" and dtype != torch.float32:
+                _fix_rows(model)
     except NotCovered as reason:
         log.warning(
             "%s: the packed kernels do not cover it (%s); loading dequantized weights with plain "
@@ -155,6 +162,14 @@ def _skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def _fix_rows(model: PreTrainedModel) -> None:
+    """Let attention and the layers that stayed 16 bit compute alike in every batch."""
+    attend_by_row(model)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            model.set_submodule(name, KeptLinear(module))
+
+
 def _spec(arguments: Any) -> QuantSpec:
     size = {} if arguments.group_size is None else {"group_size": arguments.group_size}
     return QuantSpec(
@@ -188,11 +203,12 @@ def _swap_layers(
             f"{missing[0]}.weight_scale: missing ({len(missing)} such layers); the artifact is "
             "not complete"
         )
+    reuse = w8a8.InputReuse()
     for name, module in matched:
         if type(module) is not nn.Linear:
             raise NotCovered(f"{name} is a {type(module).__name__}")
         group = targets[match_targets(name, module, targets)[0]]
-        layer = _layer(name, module, group, files, dtype, device)
+        layer = _layer(name, module, group, files, dtype, device, reuse)
         model.set_submodule(name, layer)
 
 
@@ -203,6 +219,7 @@ def _layer(
     files: TensorFiles,
     dtype: torch.dtype,
     device: torch.device,
+    reuse: w8a8.InputReuse,
 ) -> nn.Module:
     """The quantized layer for one Linear (on meta)."""
     spec = _spec(group.weights)
@@ -226,21 +243,21 @@ def _layer(
     files.used.update(f"{name}.weight_{suffix}" for suffix in LAYER_TENSORS)
     # readers allocate zero points even for symmetric inputs, and some writers save them
     files.used.add(f"{name}.input_zero_point")
-    if packed:
-        try:
-            weight = prepare(codes, scale, zero_point, spec, shape, device, dtype)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from error
-        return PackedLinear(weight, bias)
-    if codes.dtype != torch.int8 or tuple(codes.shape) != shape:
+    if not packed and (codes.dtype != torch.int8 or tuple(codes.shape) != shape):
         raise UserError(
             f"{codes_name}: expected int8 {shape}, got {codes.dtype} {tuple(codes.shape)}"
         )
-    input_scale = files.get(f"{name}.input_scale").to(device, torch.float32) if static else None
-    inputs = None if group.input_activations is None else _spec(group.input_activations)
-    zero_point = None if zero_point is None else zero_point.to(device)
-    scale = scale.to(device, torch.float32)
-    return Int8Linear(codes.to(device), scale, zero_point, input_scale, inputs, bias, dtype)
+    try:
+        if group.input_activations is None:
+            words = codes if packed else pack(codes, spec.bits)
+            weight = w4a16.prepare(words, scale, zero_point, spec, shape, device, dtype)
+            return PackedLinear(weight, bias)
+        input_scale = files.get(f"{name}.input_scale") if static else None
+        zero_point = None if zero_point is None else zero_point.to(device)
+        int8 = w8a8.prepare(codes.to(device), scale, zero_point, input_scale, dtype=dtype)
+        return Int8Linear(int8, bias, reuse)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _zero_point(

@@ -70,6 +70,12 @@ RECIPES = {
             "recipes.config:AdapterBenchmarkConfig",
             "recipes.benchmark_qlora:run",
         ),
+        Recipe(
+            "benchmark_decode",
+            "decoding on the CPU from int4 and int8 artifacts against transformers in bf16",
+            "recipes.config:DecodeBenchmarkConfig",
+            "recipes.benchmark_decode:run",
+        ),
     )
 }
 

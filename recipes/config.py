@@ -283,3 +283,56 @@ class AdapterBenchmarkConfig(BenchmarkConfig):
             raise ValueError(
                 "adapter.dropout, adapter.dtype: only 0 and float32, so that losses can be compared"
             )
+
+
+@dataclass(frozen=True)
+class DecodeBenchmarkConfig:
+    """Timing of decoding from packed weights on the CPU, against plain transformers in bf16.
+
+    The random model and its artifacts are written to output_dir, or where temporary files go, and
+    removed at the end: four bytes a parameter.
+    """
+
+    recipe: str = ""
+    """Name of the recipe."""
+    output_dir: str | None = None
+    """Directory for benchmark_decode.json, .csv and .png; null only prints."""
+    preset: list[str] = field(default_factory=list)
+    """Files below configs/ to merge in."""
+    shape: ModelShape = field(default_factory=ModelShape)
+    """The model, randomly initialised."""
+    more_vocabularies: list[int] = field(default_factory=lambda: [128256])
+    """The same model with these vocabularies, at batch 1: what the output head costs."""
+    batches: list[int] = field(default_factory=lambda: [1, 8, 32])
+    """Sequences that are decoded together."""
+    check_batch: int = 16
+    """Answers of a batch of this size are compared with those to single prompts."""
+    prompt_tokens: int = 16
+    """Tokens of the (longest) prompt."""
+    new_tokens: int = 12
+    """Tokens of an answer."""
+    repeats: int = 5
+    """Timed answers of each contestant, in turn, after one that is not counted."""
+    seed: int = 0
+    """Seed of weights and prompts."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value outside its range."""
+        for name in ("check_batch", "prompt_tokens", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        if self.new_tokens < 4:
+            raise ValueError(f"new_tokens={self.new_tokens}: at least 4, of which two warm up")
+        if not self.batches or min(self.batches) < 1:
+            raise ValueError(f"batches={self.batches}: one or more, each at least 1")
+        if any(v < 2 for v in (self.shape.vocab_size, *self.more_vocabularies)):
+            raise ValueError("shape.vocab_size, more_vocabularies: at least 2")
+        if self.shape.tie_word_embeddings:
+            raise ValueError(
+                "shape.tie_word_embeddings=true: false, since one contestant quantizes the head"
+            )
+        if self.prompt_tokens + self.new_tokens > self.shape.max_position_embeddings:
+            raise ValueError(
+                "prompt_tokens and new_tokens: together at most shape.max_position_embeddings="
+                f"{self.shape.max_position_embeddings}"
+            )

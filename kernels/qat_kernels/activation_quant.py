@@ -11,7 +11,8 @@ e4m3: q = 448, codes -448 ... 448 rounded to the nearest e4m3 value, ties to eve
 gets the fp32 epsilon as its scale in both. RMSNorm computes as transformers' Llama does: fp32
 mean of squares, the normalized row rounded to the dtype of x, then times the weight in that dtype.
 
-One launch and one pass: a program holds its row in registers. Rows do not depend on each other.
+One launch and one pass: a program holds its row in registers. Rows do not depend on each other. A
+NaN in a row makes its scale NaN, so that it is not lost among the codes.
 
 Shape legend: M tokens, K features. ``x_MK, codes_MK, scale_M1``.
 Sources: compressed-tensors (int8); Micikevicius et al., FP8 Formats (arXiv:2209.05433).
@@ -123,20 +124,22 @@ def _kernel(
         scale = tl.load(scale_ptr)
     else:
         level: tl.constexpr = 127.5 if INT8 else 448.0
-        scale = tl.div_rn(tl.max(tl.abs(y), 0), level)
+        # without signs, numbers are in the order of their bits, and NaN is the largest
+        bits = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        scale = tl.div_rn(tl.max(bits, 0).to(tl.float32, bitcast=True), level)
         # fp32's epsilon
         scale = tl.where(scale == 0.0, 1.1920928955078125e-07, scale)
         tl.store(scale_ptr + row, scale)
     t = tl.div_rn(y, scale)
     if INT8:
         # beyond the clamp the sum below would not round
-        t = tl.minimum(tl.maximum(t, -256.0), 256.0)
+        t = tl.clamp(t, -256.0, 256.0, propagate_nan=tl.PropagateNan.ALL)
         # 1.5 * 2^23: the sum has no fraction bits left, so it rounds half to even
         t = (t + 12582912.0) - 12582912.0
-        t = tl.minimum(tl.maximum(t, -128.0), 127.0)
+        t = tl.clamp(t, -128.0, 127.0, propagate_nan=tl.PropagateNan.ALL)
         codes = t.to(tl.int8)
     else:
-        t = tl.minimum(tl.maximum(t, -448.0), 448.0)
+        t = tl.clamp(t, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         codes = t.to(codes_ptr.dtype.element_ty)
     tl.store(codes_ptr + row * K + k, codes, mask=ok)
 
@@ -148,7 +151,8 @@ def _round_to(y: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
         bits = y.to(tl.int32, bitcast=True)
         # integers, because the interpreter's cast truncates
         bits += 0x7FFF + ((bits >> 16) & 1)
-        y = (bits & -65536).to(tl.float32, bitcast=True)
+        # a NaN of many ones would overflow into -0.0
+        y = tl.where(y == y, (bits & -65536).to(tl.float32, bitcast=True), y)
     elif HALF == 2:
         y = y.to(tl.float16).to(tl.float32)
     return y
@@ -192,7 +196,7 @@ def launch(
     with on(x):
         _kernel[(rows,)](
             source,
-            source if weight is None else weight,
+            source if weight is None else weight.contiguous(),
             dynamic if scale is None else scale,
             target,
             k,
@@ -210,7 +214,7 @@ def launch(
 
 
 def _warps(block: int) -> int:
-    return 1 if block <= 512 else 4 if block <= 4096 else 8 if block <= 16384 else 16
+    return 1 if block <= 512 else 4 if block <= 4096 else 8 if block <= 8192 else 16
 
 
 def check(device: torch.device, to: Format) -> bool:
@@ -235,8 +239,8 @@ def quantize_activation_op(
         codes, found = launch(x.contiguous(), scale, weight, eps, format_)
     else:
         codes, found = reference(x, scale, weight, eps, to=format_)
-    # an operator must not return its input
-    return codes, found if scale is None else found.clone()
+    # contiguous, as the shapes below say; and an operator must not return its input
+    return codes.contiguous(), found.contiguous() if scale is None else found.clone()
 
 
 @quantize_activation_op.register_fake
@@ -258,13 +262,14 @@ def quantize_activation(
     """Codes and fp32 scale of activations, in eager, compiled and captured code; see `reference`.
 
     Fused with the RMSNorm before it where ``weight`` is given: the mean of squares is then summed
-    in another order than torch's, which can move a value across a rounding border.
+    in another order than torch's and its root is approximate (2 units in the last place), which can
+    move a value across a rounding border.
 
     Raises:
         ValueError: x is no float tensor, the scale is not one fp32 value, the weight is not [K],
             or ``to`` is no format.
     """
-    if not x.is_floating_point() or x.ndim == 0:
+    if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x {x.dtype} {tuple(x.shape)}: float activations [..., K]")
     if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
         raise ValueError(f"scale {scale.dtype} {tuple(scale.shape)}: one fp32 value")
@@ -279,7 +284,12 @@ def quantize_activation(
 def shipped() -> Iterator[Shipped]:
     """What `launch` launches, for the ahead-of-time gates."""
     for to in ("int8", "e4m3"):
-        for static, norm, k in ((False, False, 4096), (True, False, 4096), (False, True, 4096)):
+        for static, norm, k in (
+            (False, False, 4096),
+            (True, False, 4096),
+            (False, True, 4096),
+            (False, True, MAX_FEATURES),
+        ):
             name = f"{to} {'static' if static else 'token'}{' norm' if norm else ''} K{k}"
             yield Shipped(
                 name=f"activation_quant {name}",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -61,6 +62,8 @@ class Shipped:
     """Warps per program."""
     num_stages: int = 3
     """Depth of the software pipeline."""
+    fp_fusion: bool = True
+    """Whether a product and a sum may become one rounding (fused multiply-add)."""
     divisible: Sequence[str] = ()
     """Integer arguments that are multiples of 16 whenever this configuration is launched."""
     unaligned: Sequence[str] = ()
@@ -136,7 +139,7 @@ def compile_shipped(item: Shipped, capability: int) -> Any:
     options = {
         "num_warps": item.num_warps,
         "num_stages": item.num_stages,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": item.fp_fusion,
     }
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -262,7 +265,8 @@ def inspect_all(names: Sequence[str] = (), capabilities: Sequence[int] = ()) -> 
         if not capabilities or capability in capabilities
     ]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(mp_context=context, max_workers=min(8, len(places) or 1)) as pool:
+    workers = max(1, min(os.cpu_count() or 1, len(places)))
+    with ProcessPoolExecutor(mp_context=context, max_workers=workers) as pool:
         done = pool.map(_inspect_one, places)
         return list(tqdm(done, total=len(places), desc="compiling", disable=None))
 

@@ -8,11 +8,26 @@ cast to the dtype of x::
 Shape legend: M rows of activations, N output features, K input features, B blocks of g values.
 ``x_MK, weight_NK, bias_N, y_MN``; packed tensors as in `Packed4bit`.
 
-The reference is `nf4_numerics.reference`. Dequantizing runs bitsandbytes' compiled operator where
-it is importable, applies, and equals the reference in a self-test on the device (`_compiled`);
-else the reference. bitsandbytes is optional, and imported at the first use. On the CPU the
-operator is called with one row per block where the block size does not divide K: bitsandbytes 0.50
-takes the scales of such rows wrongly with AVX-512.
+The reference is `nf4_numerics.reference`. Paths, as `choose` says:
+
+==========  ====================================================================================
+fused       CUDA, bf16 or fp16, one token per sequence: the Triton matmul of `nf4_triton`, which
+            dequantizes in registers. Its rows do not depend on each other, nor on their number.
+dequantize  CUDA otherwise (prefill, training, backward): the Triton dequantizer, then cuBLAS.
+reference   elsewhere: bitsandbytes' compiled operator where it is importable, applies, and equals
+            the reference in a self-test on the device (`_compiled`), else the reference; then a
+            matmul.
+==========  ====================================================================================
+
+What decides between the first two is the phase, not the number of rows: x of shape [..., 1, K] (or
+[K]) is decoding, one token for each of any number of sequences, and always runs fused; longer
+pieces of sequences never do. So a sequence is decoded to the same bits in every batch. The two
+differ by the order of fp32 sums. A kernel is used after it was exact on the device at hand; where
+it was not, the next path runs.
+
+bitsandbytes is optional, and imported at the first use. On the CPU its operator is called with one
+row per block where the block size does not divide K: bitsandbytes 0.50 takes the scales of such
+rows wrongly with AVX-512.
 
 Sources: Dettmers et al., QLoRA (arXiv:2305.14314); bitsandbytes 0.50.2.
 """
@@ -21,13 +36,14 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, cast, get_args
+from functools import cache, partial
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qat_kernels import nf4_launch
 from qat_kernels.nf4_numerics import (
     BLOCK_SIZES,
     DTYPES,
@@ -35,12 +51,15 @@ from qat_kernels.nf4_numerics import (
     Packed4bit,
     QuantType,
     Spec4bit,
+    check_packed,
     codebook,
     dequantize_absmax,
     dynamic_map,
     quantize_4bit,
     reference,
+    unpack,
 )
+from qat_kernels.support import Choice, kernels_run_on, verified
 
 __all__ = [
     "BLOCK_SIZES",
@@ -49,6 +68,7 @@ __all__ = [
     "Packed4bit",
     "Spec4bit",
     "check_packed",
+    "choose",
     "codebook",
     "dequantize_4bit",
     "dequantize_absmax",
@@ -107,9 +127,77 @@ def _applies(absmax: Tensor, spec: Spec4bit, numel: int, dtype: torch.dtype) -> 
     return True
 
 
+def choose(
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    weight_dtype: torch.dtype | None = None,
+    quant_type: QuantType = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    decode: bool | None = None,
+) -> Choice:
+    """The path of `linear_4bit`; see the module docstring.
+
+    Args:
+        shape: (M, N, K).
+        device: of x and the weight.
+        dtype: of x.
+        weight_dtype: dtype that W is rounded to; by default that of x.
+        quant_type: nf4 or fp4.
+        block_size: values per absmax.
+        double_quant: whether the absmax values are stored in 8 bits.
+        decode: whether x holds one token per sequence; by default whether M is 1.
+
+    Raises:
+        ValueError: no such sizes, quant_type or block_size.
+    """
+    if len(shape) != 3:
+        raise ValueError(f"shape={shape}: (M, N, K)")
+    spec = Spec4bit(quant_type, block_size, double_quant)
+    slow = kernels_run_on(device)
+    if slow is not None:
+        return slow
+    weight_dtype = weight_dtype or dtype
+    if dtype != weight_dtype:
+        return Choice("dequantize", f"W is rounded to {weight_dtype}, then cast to {dtype}")
+    why_not = nf4_launch.multiplies(spec, shape[1:], weight_dtype)
+    if why_not is not None:
+        return Choice("dequantize", why_not)
+    if decode if decode is not None else shape[0] == 1:
+        return Choice("fused", "one token per sequence: the codes are read once, W is not written")
+    return Choice("dequantize", "many tokens per sequence: cuBLAS is faster on a 16-bit W")
+
+
+def decodes(x: Tensor) -> bool:
+    """Whether x [..., T, K] holds one token per sequence, T = 1."""
+    return x.ndim < 2 or x.shape[-2] == 1
+
+
+def fuses(
+    x: Tensor, spec: Spec4bit, out_features: int, weight_dtype: torch.dtype, adapter: bool = False
+) -> bool:
+    """Whether the fused matmul runs for x [..., K]; the first time, test it on the device."""
+    device, k = x.device, x.shape[-1]
+    shape = (x.numel() // max(k, 1), out_features, k)
+    kind = (spec.quant_type, spec.block_size, spec.double_quant)
+    if choose(shape, device, x.dtype, weight_dtype, *kind, decodes(x)).path != "fused":
+        return False
+    even, wide = k % nf4_launch.TRIP == 0, out_features >= nf4_launch.WIDE_N
+    name = f"4-bit matmul {spec} {x.dtype} even={even} wide={wide} adapter={adapter}"
+    weight = (out_features, k)
+    check = partial(nf4_launch.check_matmul, device, spec, x.dtype, weight, adapter)
+    return verified(name, device, check)
+
+
 def _dequantize(
     packed: Packed4bit, spec: Spec4bit, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
+    device = packed.codes.device
+    if kernels_run_on(device) is None and dtype in DTYPES:
+        name = f"4-bit dequantize {spec} {dtype}"
+        if verified(name, device, partial(nf4_launch.check_dequantize, device, spec, dtype)):
+            return nf4_launch.dequantize(packed, spec, shape, dtype)
     absmax = dequantize_absmax(packed)
     numel = math.prod(shape)
     if _applies(absmax, spec, numel, dtype):
@@ -122,34 +210,25 @@ def _dequantize(
     return reference(packed.codes, absmax, spec, shape, dtype)
 
 
-def check_packed(packed: Packed4bit, spec: Spec4bit, shape: Sequence[int]) -> list[Tensor]:
-    """The tensors that are not None, checked against spec and shape.
+def check_linear(
+    x: Tensor, packed: Packed4bit, spec: Spec4bit, shape: Sequence[int], bias: Tensor | None
+) -> list[Tensor]:
+    """`check_packed`, and that x [..., K] and the bias fit a weight of ``shape`` (N, K).
 
     Raises:
-        ValueError: dtypes or sizes are not those of a weight of this shape and spec.
+        ValueError: they do not, x holds no floats, or it is on another device.
     """
-    numel = math.prod(shape)
-    blocks = spec.blocks(numel)
-    expected = [(torch.uint8, (numel + 1) // 2), (torch.float32, blocks)]
-    if spec.double_quant:
-        nested = (torch.float32, -(-blocks // NESTED_BLOCK))
-        expected = [expected[0], (torch.uint8, blocks), nested, (torch.float32, 1)]
-    tensors = [tensor for tensor in packed if tensor is not None]
-    found = [(tensor.dtype, tensor.numel()) for tensor in tensors]
-    if found != expected:
+    tensors = check_packed(packed, spec, shape)
+    n, k = shape
+    if x.shape[-1:] != (k,) or (bias is not None and tuple(bias.shape) != (n,)):
+        given = None if bias is None else tuple(bias.shape)
+        raise ValueError(f"x {tuple(x.shape)} and bias {given} do not fit a weight {(n, k)}")
+    if not x.is_floating_point() or x.device != packed.codes.device:
         raise ValueError(
-            f"a weight {tuple(shape)} as {spec} consists of (dtype, values) {expected}, not {found}"
+            f"x is {x.dtype} on {x.device}: expected floats on {packed.codes.device}, where the "
+            "weight is"
         )
     return tensors
-
-
-def _unpack(
-    tensors: Sequence[Tensor], quant_type: str, block_size: int
-) -> tuple[Packed4bit, Spec4bit]:
-    """The inverse of `check_packed`."""
-    nested, offset = tensors[2:] if len(tensors) == 4 else (None, None)
-    spec = Spec4bit(cast(QuantType, quant_type), block_size, nested is not None)
-    return Packed4bit(tensors[0], tensors[1], nested, offset), spec
 
 
 @torch.library.custom_op("qat_kernels::dequantize_4bit", mutates_args=())
@@ -161,7 +240,7 @@ def dequantize_4bit_op(
     dtype: torch.dtype,
 ) -> Tensor:
     """The operator behind `dequantize_4bit`; ``packed`` holds the tensors that are not None."""
-    return _dequantize(*_unpack(packed, quant_type, block_size), shape, dtype)
+    return _dequantize(*unpack(packed, quant_type, block_size), shape, dtype)
 
 
 @dequantize_4bit_op.register_fake
@@ -202,7 +281,12 @@ def linear_4bit_op(
 ) -> Tensor:
     """The operator behind `linear_4bit`: x [..., K] -> [..., N] in x's dtype."""
     shape = (out_features, x.shape[-1])
-    weight_NK = _dequantize(*_unpack(packed, quant_type, block_size), shape, weight_dtype)
+    tensors, spec = unpack(packed, quant_type, block_size)
+    if fuses(x, spec, out_features, weight_dtype):
+        bias_N = None if bias is None else bias.to(x.dtype)
+        y_MN = nf4_launch.matmul(x.reshape(-1, shape[1]), tensors, spec, out_features, bias_N)
+        return y_MN.view(*x.shape[:-1], out_features)
+    weight_NK = _dequantize(tensors, spec, shape, weight_dtype)
     # the dtype of x decides; autocast was for the caller to apply
     with torch.autocast(x.device.type, enabled=False):
         bias_N = None if bias is None else bias.to(x.dtype)
@@ -236,7 +320,7 @@ def linear_4bit_backward_op(
     One operator, so that no compiler can move the dequantizing into the forward pass and keep W.
     """
     shape = (grad.shape[-1], in_features)
-    weight_NK = _dequantize(*_unpack(packed, quant_type, block_size), shape, weight_dtype)
+    weight_NK = _dequantize(*unpack(packed, quant_type, block_size), shape, weight_dtype)
     with torch.autocast(grad.device.type, enabled=False):
         return torch.matmul(grad, weight_NK.to(grad.dtype))
 
@@ -298,12 +382,9 @@ def linear_4bit(
         [..., N] in the dtype of x, also under autocast.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, x holds no floats, or it is on another device.
     """
-    tensors = check_packed(packed, spec, shape)
-    n, k = shape
-    if x.shape[-1] != k or (bias is not None and tuple(bias.shape) != (n,)):
-        given = None if bias is None else tuple(bias.shape)
-        raise ValueError(f"x {tuple(x.shape)} and bias {given} do not fit a weight {(n, k)}")
+    tensors = check_linear(x, packed, spec, shape, bias)
+    n = shape[0]
     y: Tensor = linear_4bit_op(x, tensors, bias, spec.quant_type, spec.block_size, n, weight_dtype)
     return y

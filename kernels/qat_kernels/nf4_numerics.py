@@ -44,7 +44,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -117,6 +117,36 @@ class Packed4bit(NamedTuple):
     """fp32 [ceil(B / 256)], or None without double quantization."""
     offset: Tensor | None
     """fp32 scalar, the mean that was subtracted, or None without double quantization."""
+
+
+def check_packed(packed: Packed4bit, spec: Spec4bit, shape: Sequence[int]) -> list[Tensor]:
+    """The tensors that are not None, checked against spec and shape.
+
+    Raises:
+        ValueError: dtypes or sizes are not those of a weight of this shape and spec.
+    """
+    numel = math.prod(shape)
+    blocks = spec.blocks(numel)
+    expected = [(torch.uint8, (numel + 1) // 2), (torch.float32, blocks)]
+    if spec.double_quant:
+        nested = (torch.float32, -(-blocks // NESTED_BLOCK))
+        expected = [expected[0], (torch.uint8, blocks), nested, (torch.float32, 1)]
+    tensors = [tensor for tensor in packed if tensor is not None]
+    found = [(tensor.dtype, tensor.numel()) for tensor in tensors]
+    if found != expected:
+        raise ValueError(
+            f"a weight {tuple(shape)} as {spec} consists of (dtype, values) {expected}, not {found}"
+        )
+    return tensors
+
+
+def unpack(
+    tensors: Sequence[Tensor], quant_type: str, block_size: int
+) -> tuple[Packed4bit, Spec4bit]:
+    """The inverse of `check_packed`."""
+    nested, offset = tensors[2:] if len(tensors) == 4 else (None, None)
+    spec = Spec4bit(cast(QuantType, quant_type), block_size, nested is not None)
+    return Packed4bit(tensors[0], tensors[1], nested, offset), spec
 
 
 @cache

@@ -10,7 +10,8 @@ fp32 in the fixed order of K; Hopper's tensor cores keep fewer bits within an in
 their sums are added to an fp32 register every 128 products. The tile of FP8 is chosen by phase
 (decode or prefill), never by the number of sequences.
 
-The epilogue is fp32, in the order written, and rounds once to the output's dtype.
+The epilogue is fp32, in the order written and without fused multiply-adds, so that int8 gives the
+reference's bits; it rounds once to the output's dtype.
 
 W is the left operand (W x X^T). Both operands come through shared memory, so `wgmma` has no
 register operand and is safe with every ptxas.
@@ -191,9 +192,12 @@ def launch(
     dtype: torch.dtype,
     cut: Tile,
 ) -> Tensor:
-    """Run the kernel on contiguous codes, M >= 1; see `reference`."""
+    """Run the kernel on contiguous codes, M and N at least 1; see `reference`."""
     (m, k), n = x_MK.shape, w_NK.shape[0]
     int8 = x_MK.dtype == torch.int8
+    # the kernel steps by one value: expanded or strided ones would be read beside their place
+    x_scale, w_scale = x_scale.contiguous(), w_scale.contiguous()
+    bias_N = None if bias_N is None else bias_N.contiguous()
     emulated = interpreted()
     if emulated:
         # the interpreter multiplies neither 8-bit integers nor FP8 rightly; fp32 is exact for both
@@ -223,23 +227,29 @@ def launch(
             BLOCK_K=cut.block_k,
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
+            enable_fp_fusion=False,
         )
     return y_MN.to(dtype)
 
 
 def check(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel is exact on ``device`` for integer-valued inputs, in both tiles."""
+    """Whether the kernel is exact on ``device`` for integer-valued inputs, in both tiles.
+
+    With K off the tile, and with K on it and long enough for the pipeline: other machine code.
+    """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-4, 5, (20, 160), generator=generator).float()
-    w = torch.randint(-4, 5, (70, 160), generator=generator).float()
-    scales = (torch.full((20, 1), 0.5), torch.full((70, 1), 2.0))
-    codes = (x.to(dtype).to(device), w.to(dtype).to(device))
-    x_scale, w_scale = (scale.to(device) for scale in scales)
-    expected = x @ w.T
-    for cut in (DECODE, PREFILL):
-        y = launch(codes[0], x_scale, codes[1], w_scale, None, torch.float32, cut)
-        if not torch.equal(y.cpu(), expected):
-            return False
+    for n, k in ((70, 160), (64, 640)):
+        x = torch.randint(-4, 5, (20, k), generator=generator).float()
+        w = torch.randint(-4, 5, (n, k), generator=generator).float()
+        bias = torch.randint(-4, 5, (n,), generator=generator).float()
+        expected = x @ w.T + bias
+        scales = (torch.full((20, 1), 0.5), torch.full((n, 1), 2.0))
+        tensors = (x.to(dtype), scales[0], w.to(dtype), scales[1], bias)
+        x_, x_scale, w_, w_scale, bias_ = (tensor.to(device) for tensor in tensors)
+        for cut in (DECODE, PREFILL):
+            y = launch(x_, x_scale, w_, w_scale, bias_, torch.float32, cut)
+            if not torch.equal(y.cpu(), expected):
+                return False
     return True
 
 
@@ -257,7 +267,7 @@ def scaled_matmul_op(
     shape = (*x.shape[:-1], w_NK.shape[0])
     x_MK, w_NK = x.reshape(-1, x.shape[-1]).contiguous(), w_NK.contiguous()
     m, n, k = x_MK.shape[0], *w_NK.shape
-    if m == 0:
+    if m == 0 or n == 0:
         return x.new_empty(shape, dtype=dtype)
     x_scale = x_scale.reshape(-1, 1)
     fast = choose((m, n, k), x.device, dtype=x.dtype).path == "triton"
@@ -306,9 +316,9 @@ def scaled_matmul(
     """
     if x.dtype not in DTYPES.values() or w_NK.dtype != x.dtype:
         raise ValueError(f"x {x.dtype}, w {w_NK.dtype}: both int8, or both float8_e4m3fn")
-    if w_NK.ndim != 2 or x.ndim == 0 or x.shape[-1] != w_NK.shape[1]:
+    if w_NK.ndim != 2 or x.ndim == 0 or not x.shape[-1] == w_NK.shape[1] > 0:
         raise ValueError(f"x {tuple(x.shape)} does not fit w {tuple(w_NK.shape)}: [..., K], [N, K]")
-    rows = x.numel() // max(x.shape[-1], 1)
+    rows = x.numel() // x.shape[-1]
     for name, scale, size in (("x", x_scale, rows), ("w", w_scale, w_NK.shape[0])):
         if scale.dtype != torch.float32 or scale.numel() not in (1, size):
             raise ValueError(
@@ -335,6 +345,7 @@ def shipped() -> Iterator[Shipped]:
                 | {"BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k},
                 num_warps=cut.num_warps,
                 num_stages=cut.num_stages,
+                fp_fusion=False,
                 divisible=("N", "K"),
                 values=cut.block_n * cut.block_k,
                 capabilities=(80, 90, 100) if name == "int8" else (90, 100),

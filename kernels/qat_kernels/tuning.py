@@ -29,10 +29,9 @@ def table(capability: tuple[int, int]) -> Mapping[str, Mapping[str, Any]]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text("utf-8"))["operations"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return dict(json.loads(path.read_text("utf-8"))["operations"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no table of configurations ({error})") from error
-    return dict(found)
 
 
 def configuration(

@@ -2,38 +2,38 @@ r"""Linear layer on packed weights: 16-bit activations times weights of 4 bits (
 
 Equation, for one output feature n (u is the stored code, 0 ... 2^bits - 1)::
 
-    y[m, n] = sum_k x[m, k] * (u[n, k] - 2^(bits-1) - z[n, k // g]) * s[n, k // g]  +  bias[n]
+    y[m, n] = sum_k x[m, k] * (u[n, k] - 2^(bits-1) - z[n, k // g]) * s[n, k // g]
+              + bias[n] + residual[m, n]
 
-Products and sums are fp32, the result is rounded once to the dtype of x (the int4pack path rounds
-once more when there is a bias).
+Products and sums are fp32, the result is rounded once to the dtype of x (int4pack and int8pack
+round once more for a bias or a residual; prefill rounds the weights to 16 bits).
 
 Shape legend: M rows of activations, N output features, K input features, P int32 words along K,
 G groups along K, g = K / G. ``x_MK, packed_NP, scale_NG, zero_point_NG, bias_N, y_MN``.
 
-Three paths. `prepare` picks one when a layer is loaded; M never does, so that the row of one
-sequence is computed in the same way in every batch:
+`choose` decides the path from the layer's shape and the phase, never from M: the row of one
+sequence is decoded in the same way in every batch. `prepare` asks it when a layer is loaded.
 
 ==========  ====================================================================================
 int4pack    CPU (x86 with AVX2 or AVX-512), bf16: ATen ``_weight_int4pack_mm_for_cpu``. It adds
             x * w in fp32 in the order of K, and w = (q - z) * s is exact in fp32 when s and z * s
             are bf16 numbers, so each row equals a plain sequential fp32 sum, bit for bit, on
             every instruction set. Codes of 2 and 3 bits are 4-bit codes, too, and run here.
-triton      CUDA, bf16 or fp16, symmetric: the kernel below, fp32 accumulation, fixed K order,
-            no atomics. W is the left operand of the dot (W x X^T), since M is small.
+int8pack    the same CPUs, bf16, symmetric, one scale per row or for all: ATen
+            ``_weight_int8pack_mm``, for 5 to 8 bits.
+dequantize  prefill of the layers of the other three: weights rounded to 16 bits, then the device's
+            own matmul; on the CPU for each sequence by itself, see `qat_kernels.w4a16_cpu`.
+triton      CUDA, bf16 or fp16, 2 to 4 bits, or 8 bits without zero points: a fused kernel, fp32
+            sums in a fixed order of K, no atomics; see `qat_kernels.w4a16_triton`.
 reference   everything else, and fp32 always: dequantize per call, then a matmul in fp32. In fp32
             this is functional.linear(x, dequantize(unpack(packed))) bit for bit.
 ==========  ====================================================================================
-
-Why the tile of the kernel has 32 rows and 2 warps: `wgmma` needs 64 rows and 4 warps, and the
-ptxas that Triton 3.6 and 3.7 bundle (12.8) miscompiles `wgmma` with register operands, which is
-what dequantized weights are. This tile compiles to `mma.sync` on every architecture.
 
 Sources: layout, compressed-tensors ``pack-quantized``; CPU op, ATen/native/cpu/int4mm_kernel.cpp.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,25 +41,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qat_kernels.numerics import QuantSpec, dequantize, pack, unpack
+from qat_kernels import w4a16_cpu, w4a16_launch
+from qat_kernels.numerics import QuantSpec, dequantize, unpack
+from qat_kernels.support import Choice, interpreted, kernels_run_on, verified
+from qat_kernels.w4a16_planes import layout, to_groups, to_planes
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no wheel for this platform: the CPU paths need none
-    triton = None
+Path = Literal["int4pack", "int8pack", "triton", "reference"]
 
-Path = Literal["int4pack", "triton", "reference"]
-
-INT4PACK_GROUPS = (256, 128, 64, 32)
-"""Group sizes that the ATen op takes, the cheapest (fewest scales) first."""
-INT4PACK_ROWS = 16
-"""The ATen op takes N in multiples of this; `prepare` pads with zero rows."""
-BLOCK_M, BLOCK_N, NUM_WARPS = 16, 32, 2
-"""Tile of the Triton kernel, the same for every M (see the module docstring)."""
-_CONVERT_ROWS = 1024
-"""Rows repacked at a time: the ATen converter reads one int32 per code."""
-_INT32_MAX = 2**31 - 1
+CUDA_PREFILL_TOKENS = 64
+"""Tokens of a sequence from which on a GPU dequantizes the weight and multiplies with cuBLAS."""
 
 
 def reference(
@@ -68,6 +58,7 @@ def reference(
     scale_NG: Tensor,
     zero_point_NG: Tensor | None = None,
     bias_N: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     bits: int = 4,
 ) -> Tensor:
@@ -79,6 +70,7 @@ def reference(
         scale_NG: [N, G], or [N, 1] per channel, or [1, 1] per tensor.
         zero_point_NG: int8 of the shape of scale_NG, or None if symmetric.
         bias_N: [N], or None.
+        residual: [..., N], added last, or None.
         bits: bits per code, 2 to 8.
 
     Returns:
@@ -86,144 +78,142 @@ def reference(
     """
     weight_NK = dequantize(unpack(packed_NP, bits, x.shape[-1]), scale_NG, zero_point_NG)
     bias_N = None if bias_N is None else bias_N.to(torch.float32)
-    return functional.linear(x.to(torch.float32), weight_NK, bias_N).to(x.dtype)
+    y = functional.linear(x.to(torch.float32), weight_NK, bias_N)
+    return (y if residual is None else y + residual.to(torch.float32)).to(x.dtype)
 
 
-def _jit(function: Any) -> Any:
-    return function if triton is None else triton.jit(function)
+def choose(
+    shape: tuple[int, int, int],
+    device: torch.device | str,
+    *,
+    bits: int = 4,
+    group_size: int | None = 32,
+    symmetric: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: int = 1,
+) -> Choice:
+    """The path of one call, and why; M decides nothing within a phase.
 
+    `prepare` can still fall back to ``reference``: int4pack and int8pack need scales that bf16
+    holds exactly.
 
-@_jit
-def _w4a16_kernel(
-    x_ptr: tl.tensor,
-    packed_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    y_ptr: tl.tensor,
-    M: int,
-    N: int,
-    K: int,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-) -> None:
-    """One tile of y: BLOCK_N output features for BLOCK_M rows; all of K, in order.
+    Args:
+        shape: (M, N, K).
+        device: where the layer runs.
+        bits: bits per code, 2 to 8.
+        group_size: input features that share a scale; None for one scale per row or for all.
+        symmetric: whether there are no zero points.
+        dtype: dtype of the activations.
+        tokens: tokens of one sequence in this call; 1 is decode, more is prefill.
 
-    x [M, K], packed int32 [N, K / 8], scale [N, K / GROUP], y [M, N], all contiguous;
-    BLOCK_K divides GROUP, GROUP divides K.
+    Raises:
+        ValueError: bits or sizes that no weight has.
     """
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # 64 bits: rows x features of a long prompt can pass 2^31 elements
-    n_wide = n.to(tl.int64)
-    m_wide = m.to(tl.int64)
-    n_ok = n < N
-    m_ok = m < M
-    word = tl.arange(0, BLOCK_K // 8)
-    k = tl.arange(0, BLOCK_K)
-    shift = tl.arange(0, 8) * 4
-    acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        packed_offset = n_wide[:, None] * (K // 8) + (k0 // 8 + word)[None, :]
-        words = tl.load(packed_ptr + packed_offset, mask=n_ok[:, None], other=0)
-        u = (words[:, :, None] >> shift[None, None, :]) & 15
-        q_NK = tl.reshape(u, (BLOCK_N, BLOCK_K)) - 8
-        x_offset = m_wide[None, :] * K + (k0 + k)[:, None]
-        x_KM = tl.load(x_ptr + x_offset, mask=m_ok[None, :], other=0.0)
-        scale_offset = n_wide * (K // GROUP) + k0 // GROUP
-        scale_N = tl.load(scale_ptr + scale_offset, mask=n_ok, other=0.0).to(tl.float32)
-        # codes are exact in bf16 and fp16; the scale joins in fp32, once per BLOCK_K
-        part_NM = tl.dot(q_NK.to(x_KM.dtype), x_KM, input_precision="ieee")
-        acc_NM += part_NM * scale_N[:, None]
-    if HAS_BIAS:
-        bias_N = tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)
-        acc_NM += bias_N[:, None]
-    y_offset = m_wide[None, :] * N + n_wide[:, None]
-    y_mask = m_ok[None, :] & n_ok[:, None]
-    tl.store(y_ptr + y_offset, acc_NM.to(y_ptr.dtype.element_ty), mask=y_mask)
+    device, k = torch.device(device), shape[2]
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits={bits}: from 2 to 8")
+    if min(shape[1:]) < 1 or tokens < 1 or (group_size is not None and k % group_size):
+        raise ValueError(f"(M, N, K) = {shape} with group_size={group_size}, tokens={tokens}")
+    if dtype == torch.float32:
+        return Choice("reference", "fp32 is the exact reference: dequantize, then an fp32 matmul")
+    if device.type == "cpu":
+        return w4a16_cpu.choose(shape, bits, group_size, symmetric, dtype, tokens)
+    return _choose_cuda(device, bits, group_size or k, symmetric, dtype, tokens)
 
 
-def interpreted() -> bool:
-    """Whether the kernel runs in Triton's interpreter (TRITON_INTERPRET=1 at import)."""
-    return triton is not None and not isinstance(_w4a16_kernel, triton.runtime.JITFunction)
+def _choose_cuda(
+    device: torch.device, bits: int, group: int, symmetric: bool, dtype: torch.dtype, tokens: int
+) -> Choice:
+    slow = kernels_run_on(device)
+    if slow is not None:
+        return slow
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Choice("reference", f"the kernel takes bf16 and fp16, not {dtype}")
+    if bits > 4 and not symmetric:
+        return Choice("reference", "the kernel takes no zero points beside 5 to 8 bits")
+    if layout(bits, group) is None:
+        return Choice("reference", f"groups of {group} are no multiple of 16")
+    if tokens >= CUDA_PREFILL_TOKENS:
+        return Choice("dequantize", f"prefill of {tokens} tokens: 16-bit weights, then cuBLAS")
+    return Choice("triton", "a fused kernel, weights stay packed in memory")
 
 
-def block_k(group: int) -> int | None:
-    """Codes per step of the kernel for a group size; None where the kernel does not apply."""
-    for size in (128, 64, 32, 16):
-        if group % size == 0:
-            return size
-    return None
-
-
-def _launch(x_MK: Tensor, packed_NP: Tensor, scale_NG: Tensor, bias_N: Tensor | None) -> Tensor:
-    """Run the kernel: x_MK [M, K] contiguous, packed 4-bit codes [N, K / 8]; returns [M, N]."""
-    (m, k), n = x_MK.shape, packed_NP.shape[0]
-    group = k // scale_NG.shape[1]
-    size = block_k(group)
-    assert size is not None, "prepare() checked the group"
-    out_dtype = x_MK.dtype
-    if interpreted():
-        # its bf16 arithmetic is wrong and its fp32 -> bf16 truncates: fp32 in and out
-        x_MK, scale_NG = x_MK.to(torch.float32), scale_NG.to(torch.float32)
-        bias_N = None if bias_N is None else bias_N.to(torch.float32)
-    y_MN = torch.empty(m, n, dtype=x_MK.dtype, device=x_MK.device)
-    grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M))
-    arguments = (x_MK, packed_NP, scale_NG, scale_NG if bias_N is None else bias_N, y_MN, m, n, k)
-    tile = {"GROUP": group, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": size}
-    with torch.cuda.device(x_MK.device) if x_MK.is_cuda else nullcontext():
-        _w4a16_kernel[grid](*arguments, **tile, HAS_BIAS=bias_N is not None, num_warps=NUM_WARPS)
-    return y_MN.to(out_dtype)
-
-
-def _int4pack_linear(x_MK: Tensor, codes: Tensor, scale: Tensor, out_features: int) -> Tensor:
-    """ATen's op: codes uint8 [N', K / 2] as its converter wrote them, scale bf16 [G, N', 2]."""
-    k, n = x_MK.shape[1], codes.shape[0]
-    group = k // scale.shape[0]
-    # the op indexes x and y with 32-bit integers; rows are independent, so slices change nothing
-    rows = _INT32_MAX // max(k, n)
-    parts = [
-        torch.ops.aten._weight_int4pack_mm_for_cpu(part, codes, group, scale)
-        for part in torch.split(x_MK, rows)
-    ]
-    y_MN: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return y_MN if n == out_features else y_MN[:, :out_features].contiguous()
+def _compute(
+    x: Tensor,
+    codes: Tensor,
+    high: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: int,
+    group: int,
+    out_features: int,
+    path: str,
+) -> Tensor:
+    """What `w4a16_linear` computes. ``path`` may be ``dequantize`` in the place of any but one."""
+    k = x.shape[-1]
+    shape = (*x.shape[:-1], out_features)
+    if x.numel() == 0:
+        return x.new_empty(shape)
+    x_MK = x.reshape(-1, k).contiguous()
+    if path == "reference":
+        y = reference(x, codes, scale, zero_point, bias, residual, bits=bits)
+        return y.view(shape)
+    if codes.dtype == torch.int16:
+        plan = layout(bits, group)
+        assert plan is not None, "prepare() checked the group"
+        if path == "triton":
+            flat = None if residual is None else residual.reshape(-1, out_features).contiguous()
+            packed = (codes, high, scale, zero_point)
+            return w4a16_launch.matmul(x_MK, *packed, bias, flat, plan).view(shape)
+        weight_NK = w4a16_launch.dequantize(codes, high, scale, zero_point, plan, k, x.dtype)
+        y = functional.linear(x, weight_NK, bias)
+        return y if residual is None else y.add_(residual)
+    if path == "dequantize":
+        x_BTK = x.reshape(-1, x.shape[-2], k)
+        if codes.dtype == torch.uint8:
+            y = w4a16_cpu.int4pack_prefill(x_BTK, codes, scale, out_features)
+        else:
+            y = w4a16_cpu.int8pack_prefill(x_BTK, codes, scale)
+    elif path == "int4pack":
+        y = w4a16_cpu.int4pack_linear(x_MK, codes, scale, out_features)
+    else:
+        y = w4a16_cpu.int8pack_linear(x_MK, codes, scale)
+    y = (y if bias is None else y.add_(bias)).view(shape)
+    return y if residual is None else y.add_(residual)
 
 
 @torch.library.custom_op("qat_kernels::w4a16_linear", mutates_args=())
 def w4a16_linear(
     x: Tensor,
     codes: Tensor,
+    high: Tensor | None,
     scale: Tensor,
     zero_point: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     bits: int,
+    group: int,
     out_features: int,
     path: str,
 ) -> Tensor:
-    """The operator behind `linear`, for eager, torch.compile and export; see `PackedWeight`."""
-    x_MK = x.reshape(-1, x.shape[-1]).contiguous()
-    shape = (*x.shape[:-1], out_features)
-    if x_MK.shape[0] == 0:
-        return x.new_empty(shape)
-    if path == "reference":
-        return reference(x_MK, codes, scale, zero_point, bias, bits=bits).view(shape)
-    if path == "triton":
-        return _launch(x_MK, codes, scale, bias).view(shape)
-    y_MN = _int4pack_linear(x_MK, codes, scale, out_features)
-    return (y_MN if bias is None else y_MN + bias).view(shape)
+    """The operator behind `linear`, for torch.compile and export; see `PackedWeight`."""
+    packed = (codes, high, scale, zero_point)
+    return _compute(x, *packed, bias, residual, bits, group, out_features, path)
 
 
 @w4a16_linear.register_fake
 def _(
     x: Tensor,
     codes: Tensor,
+    high: Tensor | None,
     scale: Tensor,
     zero_point: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     bits: int,
+    group: int,
     out_features: int,
     path: str,
 ) -> Tensor:
@@ -245,12 +235,14 @@ class PackedWeight:
     """A weight [N, K] in the form that one path reads; made by `prepare`.
 
     The tensors by path: ``int4pack`` codes uint8 [N', K/2] in ATen's tiling, scale bf16 [G', N', 2]
-    holding (s, -z*s), zero_point None; ``triton`` and ``reference`` codes int32 [N, P], scale
-    [N, G] (broadcastable for ``reference``), zero_point int8 like scale or None.
+    holding (s, -z*s), zero_point None; ``int8pack`` codes int8 [N, K], scale bf16 [N]; ``triton``
+    planes of codes, int16 and for 3 bits int8 in ``high``, with scale and zero point for each of
+    the kernel's groups (`qat_kernels.w4a16_planes`); ``reference`` codes int32 [N, P], scale [N, G]
+    or broadcastable, zero_point int8 like scale or None.
     """
 
     path: Path
-    """Which implementation runs."""
+    """Which implementation decodes."""
     codes: Tensor
     """Packed codes."""
     scale: Tensor
@@ -265,42 +257,10 @@ class PackedWeight:
     """K."""
     dtype: torch.dtype
     """Dtype of the activations."""
-
-
-def _expand_scale(scale: Tensor, n: int) -> Tensor:
-    return scale.expand(n, scale.shape[1])
-
-
-def _exact_in_bf16(value: Tensor) -> bool:
-    return torch.equal(value.to(torch.bfloat16).to(torch.float32), value)
-
-
-def _int4pack_operands(
-    codes_NK: Tensor, scale: Tensor, zero_point: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """(codes, scale) for ATen's op, or None where it would not be exact or does not apply.
-
-    codes_NK int8 in -8 ... 7, scale fp32 and zero_point int8 [N or 1, G].
-    """
-    n, k = codes_NK.shape
-    n_pad = -(-n // INT4PACK_ROWS) * INT4PACK_ROWS
-    groups = [g for g in INT4PACK_GROUPS if (k // scale.shape[1]) % g == 0]
-    if not groups or n_pad * k > _INT32_MAX:
-        return None
-    zero = torch.zeros_like(scale) if zero_point is None else zero_point.to(torch.float32)
-    offset = -(zero * scale)
-    if not (_exact_in_bf16(scale) and _exact_in_bf16(offset)):
-        return None
-    pair = torch.stack((scale, offset), -1).to(torch.bfloat16).expand(n, -1, 2)
-    pair = pair.repeat_interleave(k // groups[0] // scale.shape[1], dim=1)
-    pair = functional.pad(pair, (0, 0, 0, 0, 0, n_pad - n)).transpose(0, 1).contiguous()
-    out = torch.empty(n_pad, k // 2, dtype=torch.uint8)
-    for start in range(0, n, _CONVERT_ROWS):
-        part = codes_NK[start : start + _CONVERT_ROWS].to(torch.int32) + 8
-        part = functional.pad(part, (0, 0, 0, -part.shape[0] % INT4PACK_ROWS), value=8)
-        tiled = torch.ops.aten._convert_weight_to_int4pack_for_cpu(part, 1)
-        out[start : start + part.shape[0]] = tiled
-    return out, pair
+    high: Tensor | None = None
+    """The high bits of 3-bit codes in planes, else None."""
+    group: int = 0
+    """Input features that share a scale; read by ``triton`` only."""
 
 
 def _check(packed: Tensor, scale: Tensor, shape: tuple[int, int], spec: QuantSpec) -> None:
@@ -320,19 +280,65 @@ def _check(packed: Tensor, scale: Tensor, shape: tuple[int, int], spec: QuantSpe
         )
 
 
-def _choose(
-    spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
-) -> Path:
-    if spec.bits > 4 or spec.family != "int":
-        return "reference"
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        # elsewhere the op is a scalar loop, and on ARM it truncates the result to bf16
-        fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-        return "int4pack" if fast else "reference"
-    half = dtype in (torch.bfloat16, torch.float16)
-    if device.type == "cuda" and half and triton is not None and spec.symmetric:
-        return "triton" if block_k(spec.group_of(shape[1])) else "reference"
-    return "reference"
+def _prepare_cpu(
+    path: str,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> PackedWeight | None:
+    """The weight for an ATen operation, or None where that would not be exact."""
+    n, k = shape
+    if dtype != torch.bfloat16:
+        raise ValueError(f"path={path} takes bfloat16 activations, not {dtype}")
+    codes = unpack(packed, spec.bits, k)
+    if path == "int4pack":
+        if spec.bits > 4:
+            raise ValueError(f"path=int4pack takes codes of 2 to 4 bits, not {spec.bits}")
+        operands = w4a16_cpu.int4pack_operands(codes, scale, zero_point)
+        return operands and PackedWeight("int4pack", *operands, None, 4, n, k, dtype)
+    operands = None if zero_point is not None else w4a16_cpu.int8pack_operands(codes, scale)
+    return operands and PackedWeight("int8pack", *operands, None, 8, n, k, dtype)
+
+
+def _prepare_planes(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PackedWeight | None:
+    """The weight for the Triton kernels, or None where they fail their self-test on the device."""
+    n, k = shape
+    group = spec.group_of(k)
+    plan = layout(spec.bits, group)
+    slow = None if interpreted() else kernels_run_on(device)
+    zero = zero_point is not None
+    if plan is None or slow is not None or (zero and spec.bits > 4) or dtype == torch.float32:
+        why = slow.reason if slow else "bf16 or fp16, groups of a multiple of 16, zero points to 4"
+        raise ValueError(f"path=triton cannot run this weight {shape}: {why}")
+    name = f"w4a16 int{plan.bits} g{plan.group} {dtype}{' zero' if zero else ''}"
+    trial = plan.group if plan.group < plan.step else plan.step
+
+    def check() -> bool:
+        return w4a16_launch.check(device, plan.bits, trial, dtype, zero)
+
+    if not interpreted() and not verified(name, device, check):
+        return None
+    words, high = to_planes(unpack(packed, spec.bits, k), plan)
+    scale_NG = to_groups(scale.expand(n, -1), plan, group, k)
+    if w4a16_cpu.exact_in_bf16(scale_NG):
+        scale_NG = scale_NG.to(torch.bfloat16)
+    zero_NG = None
+    if zero_point is not None:
+        zero_NG = to_groups(zero_point.expand(n, -1), plan, group, k).to(device)
+    high = None if high is None else high.to(device)
+    tensors = (words.to(device), scale_NG.to(device), zero_NG)
+    return PackedWeight("triton", *tensors, plan.bits, n, k, dtype, high, group)
 
 
 def prepare(
@@ -369,39 +375,39 @@ def prepare(
             f"zero point: expected int8 {tuple(scale.shape)}, "
             f"got {zero_point.dtype} {tuple(zero_point.shape)}"
         )
-    chosen = path or _choose(spec, shape, device, dtype)
-    scale = scale.to(torch.float32)
     n, k = shape
-    if chosen == "int4pack":
-        operands = _int4pack_operands(unpack(packed, spec.bits, shape[1]), scale, zero_point)
-        if operands is not None:
-            return PackedWeight("int4pack", operands[0], operands[1], None, 4, n, k, dtype)
+    group = spec.group_size if spec.granularity == "group" else None
+    options: dict[str, Any] = {"bits": spec.bits, "group_size": group, "symmetric": spec.symmetric}
+    chosen = path or choose((1, n, k), device, dtype=dtype, **options).path
+    scale = scale.to(torch.float32)
+    if chosen in ("int4pack", "int8pack"):
+        made = _prepare_cpu(chosen, packed, scale, zero_point, spec, shape, dtype)
+        if made is not None:
+            return made
         if path:
-            raise ValueError(f"path=int4pack cannot represent this weight {shape} exactly")
+            raise ValueError(f"path={path} cannot represent this weight {shape} exactly")
     if chosen == "triton":
-        if zero_point is not None or spec.bits > 4 or block_k(spec.group_of(shape[1])) is None:
-            raise ValueError(
-                "path=triton takes symmetric codes of 2 to 4 bits in groups of a multiple of 16"
-            )
-        words = packed if spec.bits == 4 else pack(unpack(packed, spec.bits, shape[1]), 4)
-        scale_NG = _expand_scale(scale, shape[0]).contiguous()
-        if _exact_in_bf16(scale_NG):
-            scale_NG = scale_NG.to(torch.bfloat16)
-        codes = words.contiguous().to(device)
-        return PackedWeight("triton", codes, scale_NG.to(device), None, 4, n, k, dtype)
+        planes = _prepare_planes(packed, scale, zero_point, spec, shape, device, dtype)
+        if planes is not None:
+            return planes
     zero = None if zero_point is None else zero_point.to(device)
     codes = packed.contiguous().to(device)
     return PackedWeight("reference", codes, scale.to(device), zero, spec.bits, n, k, dtype)
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """Multiply x [..., K] by the packed weight and add the bias [N]: [..., N], dtype of x.
+def linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Multiply x [..., K] by the packed weight, add the bias [N] and the residual [..., N].
 
-    Inference only: a backward pass through it raises RuntimeError.
+    Returns [..., N] in the dtype of x. Inference only: a backward pass raises RuntimeError.
 
     Raises:
-        ValueError: x has another dtype than the weight was prepared for, or another K; the bias
-            has another shape.
+        ValueError: x has another dtype than the weight was prepared for, or another K; bias or
+            residual have another shape.
     """
     if x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype}, but this layer was prepared for {weight.dtype}")
@@ -409,14 +415,35 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         raise ValueError(f"x {tuple(x.shape)} ends in K = {x.shape[-1]}, not {weight.in_features}")
     if bias is not None and tuple(bias.shape) != (weight.out_features,):
         raise ValueError(f"bias {tuple(bias.shape)}: expected ({weight.out_features},)")
-    output: Tensor = w4a16_linear(
+    shape = (*x.shape[:-1], weight.out_features)
+    if residual is not None and tuple(residual.shape) != shape:
+        raise ValueError(f"residual {tuple(residual.shape)}: expected {shape}")
+    arguments = (
         x,
         weight.codes,
+        weight.high,
         weight.scale,
         weight.zero_point,
         bias,
+        residual,
         weight.bits,
+        weight.group,
         weight.out_features,
-        weight.path,
+        _phase(x, weight),
     )
-    return output
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        output: Tensor = w4a16_linear(*arguments)
+        return output
+    # around the operator, whose wrapper takes 10 us of a call: a third of a small layer's time
+    return _compute(*arguments)
+
+
+def _phase(x: Tensor, weight: PackedWeight) -> str:
+    """The path of this call: prefill is computed from dequantized weights.
+
+    Inputs [M, K] have no token axis and count as decode.
+    """
+    if x.ndim < 3 or weight.path == "reference":
+        return weight.path
+    tokens = CUDA_PREFILL_TOKENS if weight.path == "triton" else w4a16_cpu.PREFILL_TOKENS
+    return "dequantize" if x.shape[-2] >= tokens else weight.path

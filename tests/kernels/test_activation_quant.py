@@ -1,8 +1,10 @@
 """Activation quantization: the kernel against the reference, the reference against `numerics`."""
 
 import os
+import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from qat_kernels.activation_quant import (
     reference,
     rms_norm,
 )
+from qat_kernels.aot import compile_shipped
 from qat_kernels.numerics import QuantSpec, fake_quantize_with, token_scale
 
 CPU = torch.device("cpu")
@@ -110,6 +113,62 @@ def test_kernel_equals_the_reference_on_any_finite_row(row: list[float]) -> None
 
 
 @interpreted
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_nan_reaches_the_scale_of_its_row_only(dtype: torch.dtype, to: str, norm: bool) -> None:
+    x = values(3, 40, dtype)
+    weight = torch.ones(40, dtype=dtype) if norm else None
+    clean = launch(x, None, weight, 1e-5, to)
+    # the NaN that arithmetic makes on a GPU
+    ones = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    for bad in (ones, torch.tensor(float("inf"))):
+        x[1, 7] = bad
+        with warnings.catch_warnings():
+            # numpy's, when the interpreter converts NaN to an integer
+            warnings.simplefilter("ignore", RuntimeWarning)
+            codes, scale = launch(x, None, weight, 1e-5, to)
+            expected, expected_scale = reference(x, None, weight, 1e-5, to=to)
+        for rows in ([0], [2]):
+            assert torch.equal(codes[rows].float(), clean[0][rows].float())
+            assert torch.equal(scale[rows], clean[1][rows])
+        assert torch.equal(scale[1].isnan(), expected_scale[1].isnan())
+        assert not scale[1].isfinite()
+        if to == "e4m3":
+            assert torch.equal(codes[1].float().isnan(), expected[1].float().isnan())
+
+
+@interpreted
+def test_rounding_keeps_every_nan() -> None:
+    """The bf16 of a NaN of many ones overflows into the sign, and would be -0.0."""
+    x = torch.ones(1, 8, dtype=torch.bfloat16)
+    weight = x[0].clone()
+    weight[3] = torch.tensor(0x7FFF, dtype=torch.int16).view(torch.bfloat16)
+    assert launch(x, None, weight, 1e-5, "e4m3")[1].isnan().all()
+
+
+@interpreted
+def test_a_weight_of_any_stride() -> None:
+    x = values(3, 40, torch.float32).sign()
+    weight = torch.rand(80)[::2]
+    codes, scale = launch(x, None, weight, 1e-30, "int8")
+    expected = launch(x, None, weight.clone(), 1e-30, "int8")
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(scale, expected[1])
+
+
+@compiled
+def test_nan_is_kept_by_the_machine_too() -> None:
+    """The interpreter's minimum and maximum always keep NaN; a GPU's do where asked."""
+    pytest.importorskip("triton")
+    for item in activation_quant.shipped():
+        ptx = compile_shipped(item, 90).asm["ptx"]
+        kinds = re.findall(r"\b(?:min|max)\.[\w.]*f32", ptx)
+        assert kinds
+        assert all(".NaN." in kind for kind in kinds), kinds
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", TYPES)
 def test_norm_is_exact_where_sums_are(dtype: torch.dtype) -> None:
     # squares sum to K: the mean is 1 in any order, and eps is lost beside it
@@ -148,7 +207,7 @@ def test_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "32 passed" in done.stdout, done.stdout
+    assert "46 passed" in done.stdout, done.stdout
 
 
 @compiled
@@ -175,8 +234,13 @@ def test_shapes() -> None:
     assert tuple(codes.shape) == (2, 3, 40)
     assert tuple(scale.shape) == (2, 3, 1)
     assert torch.equal(codes.view(6, 40), reference(x)[0])
-    strided = torch.stack((x, x), -1)[..., 0]
-    assert torch.equal(quantize_activation(strided)[0], reference(x)[0])
+    for strided in (torch.stack((x, x), -1)[..., 0], x.t().contiguous().t()):
+        assert not strided.is_contiguous()
+        codes, scale = quantize_activation(strided)
+        assert torch.equal(codes, reference(x)[0])
+        # as the fake operator says, whatever the layout of x
+        assert codes.is_contiguous()
+        assert scale.is_contiguous()
     codes, scale = quantize_activation(x[:0])
     assert tuple(codes.shape) == (0, 40)
     assert tuple(scale.shape) == (0, 1)
@@ -187,6 +251,8 @@ def test_wrong_input_is_a_value_error() -> None:
     x = torch.ones(2, 8)
     with pytest.raises(ValueError, match=r"torch\.int64"):
         quantize_activation(x.long())
+    with pytest.raises(ValueError, match=r"\(2, 0\)"):
+        quantize_activation(x[:, :0])
     with pytest.raises(ValueError, match="one fp32 value"):
         quantize_activation(x, torch.ones(2))
     with pytest.raises(ValueError, match="one fp32 value"):

@@ -91,6 +91,14 @@ def test_a_peer_that_fails_is_named_and_left_out(capsys, monkeypatch) -> None:
     ]
 
 
+def test_scaled_mm_runs_as_a_peer() -> None:
+    w, x = torch.randn(64, 128).to(torch.bfloat16), torch.randn(4, 128).to(torch.bfloat16)
+    (call,) = peers.build("torch._scaled_mm", [w], x, 128)
+    y = call()
+    # a sign or a scale in the wrong place would be far off
+    assert float((y - x @ w.T).norm() / (x @ w.T).norm()) < 0.1
+
+
 def test_bitsandbytes_runs_as_a_peer() -> None:
     w, x = torch.randn(64, 128).to(torch.bfloat16), torch.randn(2, 128).to(torch.bfloat16)
     (call,) = peers.build("bitsandbytes NF4", [w], x, 64)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from qat_kernels import nf4
+from qat_kernels import explain, nf4
 from qat_kernels.nf4 import (
     DTYPES,
     Spec4bit,
@@ -171,6 +171,49 @@ def test_what_does_not_fit_is_refused():
         linear_4bit(x[..., :-1], packed, spec, SHAPE, torch.float32)
     with pytest.raises(ValueError, match="do not fit"):
         linear_4bit(x, packed, spec, SHAPE, torch.float32, bias[:-1])
+
+
+def test_input_of_other_kinds_is_refused():
+    spec = Spec4bit()
+    x, packed, _, _, _ = case(spec)
+    with pytest.raises(ValueError, match=r"x is torch\.int64 on cpu: expected floats on cpu"):
+        linear_4bit(x.long(), packed, spec, SHAPE, torch.float32)
+    with pytest.raises(ValueError, match="expected floats on cpu, where the weight is"):
+        linear_4bit(x.to("meta"), packed, spec, SHAPE, torch.float32)
+    with pytest.raises(ValueError, match=r"x \(\) and bias None"):
+        linear_4bit(torch.tensor(1.0), packed, spec, SHAPE, torch.float32)
+
+
+def test_the_path_is_explained(monkeypatch):
+    choice = explain("nf4", (1, 4096, 4096))
+    assert str(choice) == "reference: Triton kernels are for CUDA, this is cpu"
+    monkeypatch.setattr(nf4, "kernels_run_on", lambda device: None)
+    shape = (1, 4096, 4096)
+    assert explain("nf4", shape).path == "fused"
+    assert explain("nf4", (8, 4096, 4096), decode=True).path == "fused"
+    for options, why in (
+        ({"shape": (8, 4096, 4096)}, "many tokens"),
+        ({"decode": False}, "many tokens"),
+        ({"dtype": "float32"}, "takes bfloat16 and float16"),
+        ({"dtype": "float16", "weight_dtype": "bfloat16"}, "cast to torch.float16"),
+        ({"block_size": 32}, "blocks of at least 64"),
+        ({"shape": (1, 4096, 4000)}, "multiples of 64"),
+    ):
+        choice = explain("nf4", **{"shape": shape, **options})
+        assert choice.path == "dequantize"
+        assert why in choice.reason
+    with pytest.raises(ValueError, match="block_size=63"):
+        explain("nf4", shape, block_size=63)
+    with pytest.raises(ValueError, match=r"shape=\(1, 2\)"):
+        explain("nf4", (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "decodes"),
+    [((5,), True), ((1, 5), True), ((4, 1, 5), True), ((4, 5), False), ((1, 2, 5), False)],
+)
+def test_one_token_per_sequence_is_decoding(shape, decodes):
+    assert nf4.decodes(torch.empty(shape)) == decodes
 
 
 @pytest.mark.gpu

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qat_kernels import scaled_matmul as module
 from qat_kernels import support
+from qat_kernels.aot import compile_shipped
 from qat_kernels.scaled_matmul import (
     DECODE,
     MAX_INT8_FEATURES,
@@ -114,6 +116,29 @@ def test_int8_kernel_equals_the_reference(m: int, n: int, k: int, scales: str) -
 
 
 @interpreted
+def test_scales_and_bias_of_any_stride() -> None:
+    case = Case(5, 40, 33, INT8)
+    case.x_scale = torch.rand(5, 2)[:, 1:]
+    case.w_scale = torch.tensor([[0.7]]).expand(40, 1)
+    case.bias = torch.rand(80)[::2]
+    y = launch(*case.arguments(), torch.float32, SMALL)
+    assert torch.equal(y, reference(*case.arguments(), dtype=torch.float32))
+
+
+@compiled
+def test_the_epilogue_is_not_fused() -> None:
+    """A fused multiply-add would round once where the reference rounds twice."""
+    pytest.importorskip("triton")
+    for item in module.shipped():
+        if "decode" in item.name:
+            ptx = compile_shipped(item, 90).asm["ptx"]
+            assert "mul.rn.f32" in ptx
+            assert "fma.rn.f32" not in ptx
+    fused = compile_shipped(replace(next(iter(module.shipped())), fp_fusion=True), 90).asm["ptx"]
+    assert "fma.rn.f32" in fused
+
+
+@interpreted
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_e4m3_kernel_within_the_derived_bound(m: int, n: int, k: int) -> None:
     case = Case(m, n, k, E4M3)
@@ -128,7 +153,7 @@ def test_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "16 passed" in done.stdout, done.stdout
+    assert "17 passed" in done.stdout, done.stdout
 
 
 @compiled
@@ -148,6 +173,7 @@ def test_operator(dtype: torch.dtype) -> None:
         assert torch.equal(y.flatten(0, 1), flat)
     empty = scaled_matmul(case.x[:0], case.x_scale[:0], case.w, case.w_scale)
     assert tuple(empty.shape) == (0, 24)
+    assert tuple(scaled_matmul(case.x, case.x_scale, case.w[:0], case.w_scale[:0]).shape) == (6, 0)
     strided = torch.stack((case.x.view(INT8),) * 2, -1)[..., 0].view(dtype)
     got = scaled_matmul(strided, *case.arguments()[1:])
     assert torch.equal(got, flat)
@@ -161,8 +187,11 @@ def test_wrong_input_is_a_value_error() -> None:
         scaled_matmul(x.float(), x_scale, w, w_scale)
     with pytest.raises(ValueError, match="both int8"):
         scaled_matmul(x, x_scale, w.to(E4M3), w_scale)
+    for width in (31, 0):
+        with pytest.raises(ValueError, match="does not fit"):
+            scaled_matmul(x[:, :width], x_scale, w, w_scale)
     with pytest.raises(ValueError, match="does not fit"):
-        scaled_matmul(x[:, :31], x_scale, w, w_scale)
+        scaled_matmul(x[:, :0], x_scale, w[:, :0], w_scale)
     with pytest.raises(ValueError, match="x_scale"):
         scaled_matmul(x, x_scale[:5], w, w_scale)
     with pytest.raises(ValueError, match="w_scale"):

@@ -34,9 +34,10 @@ def test_unknown_fields_and_broken_files_are_named(tables):
     (tables / "sm_90.json").write_text(json.dumps(entry))
     with pytest.raises(ValueError, match=r"sm_90.json: n=1 sets \{'stages'\}"):
         tuning.configuration("w4a16", "n=1", (9, 0), {"splits": 2})
-    (tables / "sm_80.json").write_text("{")
-    with pytest.raises(ValueError, match=r"sm_80\.json: no table"):
-        tuning.table((8, 0))
+    for broken in ("{", "[]", "{}", '{"operations": 3}', '{"operations": [1]}'):
+        (tables / "sm_80.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"sm_80\.json: no table"):
+            tuning.table((8, 0))
 
 
 def test_the_tables_that_are_checked_in_can_be_read():

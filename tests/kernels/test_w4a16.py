@@ -1,24 +1,25 @@
-"""W4A16 linear: each path against the reference that it imports, and the kernel's binaries.
+"""W4A16 linear: each path against the reference that it imports.
 
-The Triton kernel runs in the interpreter when TRITON_INTERPRET=1 is set before triton is imported;
+The Triton kernels run in the interpreter when TRITON_INTERPRET=1 is set before triton is imported;
 `test_kernel_in_the_interpreter` starts this file again in such a process.
 """
 
+import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qat_kernels import w4a16
+from qat_kernels import support, w4a16
 from qat_kernels.numerics import QuantSpec, compute_scale, dequantize, pack, quantize, unpack
 from qat_kernels.w4a16 import linear, prepare, reference
 
-INTERPRETED = w4a16.interpreted()
+INTERPRETED = support.interpreted()
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
 compiled = pytest.mark.skipif(INTERPRETED, reason="needs the compiler, not the interpreter")
 int4pack = pytest.mark.skipif(
@@ -59,9 +60,15 @@ class Case:
             self.packed, self.scale, self.zero_point, self.spec, self.shape, "cpu", self.dtype, path
         )
 
-    def reference(self, bias: Tensor | None = None) -> Tensor:
-        bits = self.spec.bits
-        return reference(self.x, self.packed, self.scale, self.zero_point, bias, bits=bits)
+    def reference(self, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        packed = (self.packed, self.scale, self.zero_point)
+        return reference(self.x, *packed, bias, residual, bits=self.spec.bits)
+
+    def rows(self, count: int) -> "Case":
+        """The same weight with the first rows of x."""
+        other = copy.copy(self)
+        other.x = self.x[:count]
+        return other
 
     def exact(self, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The result in fp64 (all products are exact there) and the sum of its magnitudes."""
@@ -175,10 +182,15 @@ def test_int4pack_takes_zero_points_that_are_exact() -> None:
         (QuantSpec(group_size=16), 32, 64, torch.bfloat16),
         (QuantSpec(), 32, 64, torch.float16),
         (QuantSpec(), 32, 64, torch.float32),
-        (QuantSpec(granularity="channel"), 32, 80, torch.bfloat16),
+        (QuantSpec(bits=8, granularity="channel"), 32, 80, torch.float16),
+        (QuantSpec(bits=8, granularity="channel"), 32, 72, torch.bfloat16),
+        (QuantSpec(granularity="channel"), 32, 72, torch.bfloat16),
+        (QuantSpec(bits=8, granularity="channel", symmetric=False, grid="absmax"), 32, 80,
+         torch.bfloat16),
+        (QuantSpec(granularity="channel", symmetric=False, grid="absmax"), 32, 80, torch.bfloat16),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_everything_else_takes_the_reference(
     spec: QuantSpec, n: int, k: int, dtype: torch.dtype
 ) -> None:
@@ -195,9 +207,12 @@ def test_scales_that_bf16_does_not_hold_take_the_reference() -> None:
 
 @compiled
 @int4pack
-def test_a_row_does_not_depend_on_the_others() -> None:
-    case = Case(33, 80, 256, QuantSpec(), torch.bfloat16)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_does_not_depend_on_the_others(bits: int) -> None:
+    granularity = "group" if bits == 4 else "channel"
+    case = Case(33, 80, 256, QuantSpec(bits=bits, granularity=granularity), torch.bfloat16)
     packed = case.prepare()
+    assert packed.path == f"int{bits}pack"
     together = linear(case.x, packed)
     for m in (1, 2, 4, 16):
         parts = torch.cat([linear(part, packed) for part in case.x.split(m)])
@@ -206,11 +221,37 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 @compiled
 @int4pack
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 64), (3, 33, 80), (5, 7, 16), (17, 64, 256)])
+def test_int8pack_within_the_derived_bound(
+    m: int, n: int, k: int, granularity: str, bits: int
+) -> None:
+    case = Case(m, n, k, QuantSpec(bits=bits, granularity=granularity), torch.bfloat16)
+    packed = case.prepare()
+    assert packed.path == "int8pack"
+    check_bound(linear(case.x, packed), case)
+    check_bound(linear(case.x, packed, case.bias), case, case.bias, roundings=2)
+
+
+@compiled
+@int4pack
+@pytest.mark.parametrize("bits", [4, 8])
+def test_int8pack_is_exact_on_integers(bits: int) -> None:
+    # K = 80 is no multiple of 32: 4-bit codes are held in 8 bits
+    case = Case(5, 24, 80, QuantSpec(bits=bits, granularity="channel"), torch.bfloat16, True)
+    packed = case.prepare()
+    assert packed.path == "int8pack"
+    torch.testing.assert_close(linear(case.x, packed), case.reference(), atol=0, rtol=0)
+
+
+@compiled
+@int4pack
 def test_rows_that_pass_32_bit_offsets_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(9, 32, 64, QuantSpec(), torch.bfloat16)
     expected = linear(case.x, case.prepare())
     packed = case.prepare()
-    monkeypatch.setattr(w4a16, "_INT32_MAX", 64 * 4)
+    monkeypatch.setattr(w4a16.w4a16_cpu, "_INT32_MAX", 64 * 4)
     torch.testing.assert_close(linear(case.x, packed), expected, atol=0, rtol=0)
 
 
@@ -219,7 +260,7 @@ def test_rows_that_pass_32_bit_offsets_are_split(monkeypatch: pytest.MonkeyPatch
 def test_conversion_in_slices_equals_conversion_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(1, 200, 64, QuantSpec(), torch.bfloat16)
     whole = case.prepare()
-    monkeypatch.setattr(w4a16, "_CONVERT_ROWS", 64)
+    monkeypatch.setattr(w4a16.w4a16_cpu, "_CONVERT_ROWS", 64)
     sliced = case.prepare()
     torch.testing.assert_close(whole.codes, sliced.codes, atol=0, rtol=0)
 
@@ -248,6 +289,8 @@ def test_wrong_input_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="bias"):
         linear(case.x, packed, torch.zeros(3))
     arguments = (case.zero_point, case.spec)
+    with pytest.raises(ValueError, match="path=int8pack"):
+        Case(2, 24, 72, QuantSpec(granularity="channel"), torch.bfloat16).prepare("int8pack")
     with pytest.raises(ValueError, match="packed codes"):
         prepare(case.packed.long(), case.scale, *arguments, (24, 64))
     with pytest.raises(ValueError, match="packed codes"):
@@ -265,12 +308,42 @@ def test_wrong_input_is_a_value_error() -> None:
 @compiled
 def test_operator_registration() -> None:
     case = Case(3, 24, 64, QuantSpec(), torch.bfloat16)
-    for packed in (case.prepare(), case.prepare("reference")):
-        p = packed
-        arguments = (case.x, p.codes, p.scale, None, case.bias, p.bits, p.out_features, p.path)
+    residual = torch.ones(3, 24, dtype=torch.bfloat16)
+    for p in (case.prepare(), case.prepare("reference")):
+        tensors = (case.x, p.codes, p.high, p.scale, None, case.bias, residual)
+        arguments = (*tensors, p.bits, p.group, p.out_features, p.path)
         # the schema, the fake kernel and the dispatch, without gradients (there are none)
         utils = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
         torch.library.opcheck(w4a16.w4a16_linear, arguments, test_utils=utils)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_whole_graphs_compile(dtype: torch.dtype) -> None:
+    case = Case(3, 24, 64, QuantSpec(), dtype)
+    packed = case.prepare()
+
+    def layer(x: Tensor) -> Tensor:
+        return linear(x, packed, case.bias) * 2
+
+    with torch.no_grad():
+        got = torch.compile(layer, fullgraph=True, backend="aot_eager")(case.x)
+        torch.testing.assert_close(got, layer(case.x), atol=0, rtol=0)
+
+
+@compiled
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_residual_is_added_last(dtype: torch.dtype, bits: int) -> None:
+    case = Case(3, 24, 64, QuantSpec(bits=bits, granularity="channel"), dtype, integers=True)
+    residual = torch.arange(-36, 36).view(3, 24).to(dtype)
+    # integers: adding in fp32 or in the dtype gives the same
+    got = linear(case.x, case.prepare(), case.bias, residual)
+    expected = case.reference(case.bias, residual)
+    torch.testing.assert_close(got, expected, atol=0, rtol=0)
+    torch.testing.assert_close(expected, case.reference(case.bias) + residual, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="residual"):
+        linear(case.x, case.prepare(), None, residual[:2])
 
 
 @compiled
@@ -281,100 +354,112 @@ def test_backward_says_what_to_do() -> None:
         y.sum().backward()
 
 
-# ---------------------------------------------------------------------------- the Triton kernel
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("m", "n", "k", "group"), [*SHAPES, (3, 9, 48, 16)])
-def test_kernel_is_exact_on_integers(
-    m: int, n: int, k: int, group: int, dtype: torch.dtype
-) -> None:
-    case = Case(m, n, k, QuantSpec(group_size=group), dtype, integers=True)
-    packed = case.prepare("triton")
-    assert packed.path == "triton"
-    torch.testing.assert_close(linear(case.x, packed), case.reference(), atol=0, rtol=0)
-    with_bias = linear(case.x, packed, case.bias)
-    torch.testing.assert_close(with_bias, case.reference(case.bias), atol=0, rtol=0)
-
-
-@interpreted
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("granularity", ["group", "channel", "tensor"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kernel_within_the_derived_bound(dtype: torch.dtype, granularity: str, bits: int) -> None:
-    case = Case(7, 45, 192, QuantSpec(bits=bits, granularity=granularity), dtype)
-    check_bound(linear(case.x, case.prepare("triton")), case)
-    check_bound(linear(case.x, case.prepare("triton"), case.bias), case, case.bias)
+# ---------------------------------------------------------------------------- Triton
 
 
 @compiled
-def test_kernel_in_the_interpreter() -> None:
+def test_the_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def path(**options: Any) -> str:
+        return w4a16.choose((1, 64, 256), "cuda", **options).path
+
+    if not torch.cuda.is_available():
+        assert w4a16.choose((1, 64, 256), "cuda").reason == "no CUDA device here"
+    monkeypatch.setattr(w4a16, "kernels_run_on", lambda device: None)
+    for bits in (2, 3, 4, 8):
+        assert path(bits=bits) == "triton"
+        assert path(bits=bits, group_size=None) == "triton"
+        assert path(bits=bits, tokens=63) == "triton"
+        assert path(bits=bits, tokens=64) == "dequantize"
+    assert path(dtype=torch.float32) == "reference"
+    assert path(dtype=torch.float16) == "triton"
+    assert path(symmetric=False) == "triton"
+    assert path(bits=8, symmetric=False) == "reference"
+    assert path(group_size=8) == "reference"
+    # whatever M is, decode stays decode
+    paths = {w4a16.choose((m, 64, 256), "cuda").path for m in (1, 16, 17, 64, 4096)}
+    assert paths == {"triton"}
+
+
+@compiled
+def test_triton_is_refused_where_it_cannot_run() -> None:
+    case = Case(1, 24, 64, QuantSpec(), torch.bfloat16)
+    with pytest.raises(ValueError, match="path=triton cannot run"):
+        case.prepare("triton")
+
+
+SPECS = [
+    QuantSpec(),
+    QuantSpec(bits=2, group_size=64),
+    QuantSpec(bits=3, group_size=48),
+    QuantSpec(bits=4, granularity="channel"),
+    QuantSpec(bits=4, granularity="tensor"),
+    QuantSpec(bits=6, group_size=32),
+    QuantSpec(bits=8, granularity="channel"),
+    QuantSpec(bits=4, symmetric=False, grid="absmax"),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernel_is_exact_on_integers(spec: QuantSpec, dtype: torch.dtype) -> None:
+    case = Case(3, 25, 192, spec, dtype, integers=True)
+    packed = case.prepare("triton")
+    assert packed.path == "triton"
+    torch.testing.assert_close(linear(case.x, packed), case.reference(), atol=0, rtol=0)
+    residual = torch.ones(3, 25, dtype=dtype)
+    got = linear(case.x, packed, case.bias, residual)
+    torch.testing.assert_close(got, case.reference(case.bias, residual), atol=0, rtol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_decode_and_prefill_within_the_derived_bound(spec: QuantSpec) -> None:
+    case = Case(64, 19, 192, spec, torch.bfloat16)
+    packed = case.prepare("triton")
+    check_bound(linear(case.x[:5], packed), case.rows(5))
+    # prefill rounds the weights to bf16, too: one rounding of every product
+    y = linear(case.x[None], packed)[0]
+    exact, size = case.exact()
+    slack = (1.01 * 2.0**-8 + 1.001 * 194 * 2.0**-24) * size
+    assert bool(((y.double() - exact).abs() <= slack + 1.01 * 2.0**-8 * exact.abs()).all())
+
+
+@interpreted
+def test_rows_misaligned_and_strided_inputs() -> None:
+    case = Case(6, 25, 192, QuantSpec(), torch.bfloat16)
+    packed = case.prepare("triton")
+    whole = linear(case.x, packed)
+    rows = torch.cat([linear(row[None], packed) for row in case.x])
+    torch.testing.assert_close(rows, whole, atol=0, rtol=0)
+    storage = torch.zeros(6 * 192 + 1, dtype=torch.bfloat16)
+    shifted = storage[1:].view(6, 192).copy_(case.x)
+    assert shifted.data_ptr() % 16
+    torch.testing.assert_close(linear(shifted, packed), whole, atol=0, rtol=0)
+    strided = torch.stack((case.x, case.x), -1)[..., 0]
+    torch.testing.assert_close(linear(strided, packed), whole, atol=0, rtol=0)
+
+
+@compiled
+def test_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "24 passed" in done.stdout, done.stdout
-
-
-def compile_kernel(capability: int, group: int, with_bias: bool) -> tuple[bytes, str]:
-    """(cubin, PTX) of one configuration, without a GPU or driver."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = w4a16._w4a16_kernel
-    tile = {
-        "GROUP": group,
-        "BLOCK_M": w4a16.BLOCK_M,
-        "BLOCK_N": w4a16.BLOCK_N,
-        "BLOCK_K": w4a16.block_k(group),
-        "HAS_BIAS": with_bias,
-    }
-    types = ("*bf16", "*i32", "*bf16", "*bf16", "*bf16", "i32", "i32", "i32")
-    signature = dict(zip(kernel.arg_names, types)) | dict.fromkeys(tile, "constexpr")
-    # pointers, N and K are multiples of 16; without this there are no vector loads
-    aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 6, 7)}
-    constants = {(kernel.arg_names.index(name),): value for name, value in tile.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": w4a16.NUM_WARPS, "enable_fp_fusion": True}
-    binary = triton.compile(source, target=target, options=options)
-    return binary.asm["cubin"], binary.asm["ptx"]
-
-
-@compiled
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("group", "with_bias"), [(16, False), (32, True), (128, False)])
-def test_kernel_compiles_without_a_gpu(
-    capability: int, group: int, with_bias: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    triton = pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    cubin, ptx = compile_kernel(capability, group, with_bias)
-    assert "mma.sync" in ptx
-    assert "wgmma" not in ptx, "the bundled ptxas miscompiles it with register operands"
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    file = tmp_path / "kernel.cubin"
-    file.write_bytes(cubin)
-    command = [str(tools / "cuobjdump"), "-res-usage", str(file)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True)
-    text = usage.stdout + usage.stderr
-    # spills live in local memory and on the stack
-    assert "STACK:0 " in text, text
-    assert "LOCAL:0 " in text, text
+    assert "25 passed" in done.stdout, done.stdout
 
 
 @compiled
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("m", "n", "k", "group"), [*SHAPES, (3, 9, 48, 16), (33, 512, 512, 128)])
-def test_kernel_on_the_gpu(m: int, n: int, k: int, group: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 33, 192), (17, 70, 384), (33, 512, 768)])
+def test_layer_on_the_gpu(m: int, n: int, k: int, spec: QuantSpec, dtype: torch.dtype) -> None:
     for integers in (True, False):
-        case = Case(m, n, k, QuantSpec(group_size=group), dtype, integers)
-        tensors = (case.packed, case.scale, None, case.spec, case.shape, "cuda", dtype)
+        case = Case(m, n, k, spec, dtype, integers)
+        tensors = (case.packed, case.scale, case.zero_point, case.spec, case.shape, "cuda", dtype)
         packed = prepare(*tensors)
         assert packed.path == "triton"
         y = linear(case.x.cuda(), packed, case.bias.cuda()).cpu()
@@ -384,3 +469,20 @@ def test_kernel_on_the_gpu(m: int, n: int, k: int, group: int, dtype: torch.dtyp
             check_bound(y, case, case.bias)
         alone = torch.cat([linear(row, packed, case.bias.cuda()) for row in case.x.cuda().split(1)])
         torch.testing.assert_close(alone.cpu(), y, atol=0, rtol=0)
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_layer_in_a_cuda_graph() -> None:
+    case = Case(2, 64, 256, QuantSpec(), torch.bfloat16)
+    tensors = (case.packed, case.scale, None, case.spec, case.shape, "cuda", torch.bfloat16)
+    packed = prepare(*tensors)
+    x = case.x.cuda()
+    expected = linear(x, packed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x, packed)
+    y.zero_()
+    graph.replay()
+    torch.testing.assert_close(y, expected, atol=0, rtol=0)

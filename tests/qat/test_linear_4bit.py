@@ -1,12 +1,17 @@
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from torch.nn import functional
 
 from qat.linear_4bit import BUFFERS, Linear4bit
+from qat.lora import LoraLinear
+from qat.scheme import ObserverConfig
 from qat_kernels.nf4 import Spec4bit, dequantize_4bit, quantize_4bit
 
 SPECS = [Spec4bit(), Spec4bit("fp4", 32, False), Spec4bit("nf4", 4096)]
@@ -228,3 +233,61 @@ def test_moving_to_cuda_and_back():
     assert torch.equal(layer.weight.cpu(), weight)
     layer.cpu()
     assert_same_bits(layer, before)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_adapted_is_the_layer_plus_the_adapter(spec):
+    layer = layer_of(spec, torch.float32)
+    x, a, b = torch.randn(2, 5, K), torch.randn(4, K), torch.randn(N, 4)
+    y = layer.adapted(x, a, b, 0.5)
+    expected = layer(x) + functional.linear(functional.linear(x, a), b) * 0.5
+    size = functional.linear(x.abs(), layer.weight.abs(), layer.bias.abs())
+    size += functional.linear(functional.linear(x.abs(), a.abs()), b.abs()) * 0.5
+    # two results, each of fp32 sums of at most K + 4 + 3 terms
+    assert bool(((y - expected).abs() <= 2.01 * (K + 7) * 2.0**-24 * size).all())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.adapted(x, a, b, 0.5).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="do not fit"):
+        layer.adapted(x, a[:, 1:], b, 0.5)
+
+
+def lora_on(base, dtype=torch.float32, **options):
+    """A LoRA layer on a 4-bit base, with factors that are not zero."""
+    layer = LoraLinear(nn.Linear(K, N, dtype=dtype), LoraConfig(r=4, lora_alpha=6, **options))
+    layer.merge_with(lambda: base.weight, None, None, ObserverConfig(), torch.bfloat16)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    layer.base_layer = base
+    return layer.to(dtype)
+
+
+def test_when_base_and_adapter_are_one_operator():
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    base = layer_of(dtype=torch.float32)
+    layer = lora_on(base)
+    assert layer._fuses(on_gpu)
+    assert not layer._fuses(torch.randn(1, K))
+    assert not layer._fuses(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16))
+    for options in ({"use_dora": True}, {"lora_bias": True}):
+        assert not lora_on(base, **options)._fuses(on_gpu)
+    dropping = lora_on(base, lora_dropout=0.5)
+    assert not dropping.train()._fuses(on_gpu)
+    assert dropping.eval()._fuses(on_gpu)
+    layer.enable_adapters(False)
+    assert not layer._fuses(on_gpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_one_operator_on_the_gpu_is_the_adapter_of_peft(tokens):
+    layer = lora_on(layer_of(dtype=torch.float32)).to(torch.bfloat16).cuda()
+    x = torch.randn(2, tokens, K, device="cuda", dtype=torch.bfloat16)
+    assert layer._fuses(x)
+    y, expected = layer(x), PeftLinear.forward(layer, x)
+    a, b = (factor.abs() for factor in layer.factors)
+    base = functional.linear(
+        x.abs().float(), layer.base_layer.weight.abs(), layer.bias.abs().float()
+    )
+    size = base + 1.5 * functional.linear(functional.linear(x.abs(), a), b).float()
+    # each is rounded to bf16 at most five times, W included, and summed in fp32; size is rounded
+    assert bool(((y - expected).abs() <= 2.1 * (5 * 2.0**-8 + 2 * K * 2.0**-24) * size).all())

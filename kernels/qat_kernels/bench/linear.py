@@ -8,11 +8,15 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from qat_kernels import fp8, nf4, scaled_matmul, w4a16, w8a8
+from qat_kernels import activation_quant, fp8, nf4, scaled_matmul, w4a16, w8a8
+from qat_kernels.activation_quant import Format
 from qat_kernels.bench.case import Case, Factory, matrices, present, rows, weights
 from qat_kernels.bench.peers import build
 from qat_kernels.bench.timing import Call, copies
 from qat_kernels.numerics import QuantSpec, compute_scale, pack, quantize
+
+FORMATS: tuple[Format, ...] = ("int8", "e4m3")
+"""Formats of codes whose matmul is measured alone."""
 
 
 def weight_only(device: torch.device, small: bool) -> Iterator[Factory]:
@@ -76,29 +80,32 @@ def _int8(device: torch.device, m: int, n: int, k: int) -> Case:
 def codes_matmul(device: torch.device, small: bool) -> Iterator[Factory]:
     """The matmul of W8A8 and FP8 layers alone, against bf16 and torch's own."""
     for n, k in matrices(device, small):
-        for dtype in (torch.int8, torch.float8_e4m3fn):
+        for to in FORMATS:
             # on the CPU the reference runs, and layers take another path
             if device.type == "cuda" or small:
                 for m in rows(device, small):
-                    yield partial(_codes_matmul, device, m, n, k, dtype)
+                    yield partial(_codes_matmul, device, m, n, k, to)
 
 
-def _codes_matmul(device: torch.device, m: int, n: int, k: int, dtype: torch.dtype) -> Case:
+def _codes_matmul(device: torch.device, m: int, n: int, k: int, to: Format) -> Case:
     dense = weights(n, k, copies(2 * n * k, device), device)
     x = torch.randn(m, k, device=device).to(torch.bfloat16)
-    x_codes, x_scale = x.clamp(-3, 3).to(dtype), torch.ones(m, 1, device=device)
-    w_scale = torch.ones(n, 1, device=device)
-    codes = [w.clamp(-3, 3).to(dtype) for w in dense]
+    # codes over the whole range: a GPU multiplies small integers with less power, and so faster
+    x_codes, x_scale = activation_quant.reference(x, to=to)
+    made = [activation_quant.reference(w, to=to) for w in dense]
+    codes, w_scale = [w for w, _ in made], made[0][1]
     contestants: dict[str, list[Call]] = {
         "bf16": [partial(functional.linear, x, w) for w in dense],
         "ours": [partial(scaled_matmul.scaled_matmul, x_codes, x_scale, w, w_scale) for w in codes],
     }
-    # cuBLAS takes int8 from 17 rows on
-    if dtype == torch.int8 and m > 16:
-        contestants["torch._int_mm"] = [partial(torch._int_mm, x_codes, w.t()) for w in codes]
-    name = f"{'int8' if dtype == torch.int8 else 'e4m3'} {n}x{k}"
+    if to == "e4m3":
+        contestants["torch._scaled_mm"] = build("torch._scaled_mm", dense, x, k)
+    elif m > 16:
+        # cuBLAS takes int8 from 17 rows on; it leaves int32 sums, without scales
+        calls: list[Call] = [partial(torch._int_mm, x_codes, w.t()) for w in codes]
+        contestants["torch._int_mm, unscaled"] = calls
     moved = n * k + m * k + 2 * m * n
-    return Case("scaled_matmul", name, m, contestants, moved, m * n * k)
+    return Case("scaled_matmul", f"{to} {n}x{k}", m, present(contestants), moved, m * n * k)
 
 
 def float8(device: torch.device, small: bool) -> Iterator[Factory]:

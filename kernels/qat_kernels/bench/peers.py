@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from qat_kernels import activation_quant
 from qat_kernels.bench.timing import Call
 
 Build = Callable[[Tensor, Tensor, int], Call]
@@ -29,6 +30,12 @@ def tinygemm(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
     packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
     scales = torch.randn(k // group, n, 2, dtype=torch.bfloat16, device=w_NK.device)
     return partial(torch.ops.aten._weight_int4pack_mm, x_MK, packed, group, scales)
+
+
+def scaled_mm(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
+    """The FP8 matmul of torch (``_scaled_mm``) with a scale for each row of x and of w."""
+    (x, s_x), (w, s_w) = (activation_quant.reference(t, to="e4m3") for t in (x_MK, w_NK))
+    return partial(torch._scaled_mm, x, w.t(), s_x, s_w.t(), out_dtype=torch.bfloat16)
 
 
 def torchao_int4(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
@@ -94,6 +101,7 @@ def _linear(w_NK: Tensor) -> nn.Linear:
 
 PEERS: dict[str, tuple[str, Build]] = {
     "torch tinygemm": ("torch", tinygemm),
+    "torch._scaled_mm": ("torch", scaled_mm),
     "torchao int4": ("torchao", torchao_int4),
     "torchao W8A8": ("torchao", torchao_int8),
     "torchao fake-quant": ("torchao", torchao_fake_quant),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -55,6 +56,7 @@ def device_name(device: torch.device) -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
+@functools.cache
 def versions() -> str:
     """Versions of what is compared, as ``torch 2.13.0, triton 3.7.1``."""
     texts = []
@@ -66,6 +68,7 @@ def versions() -> str:
     return ", ".join(texts)
 
 
+@functools.cache
 def commit() -> str:
     """Short id of the checked-out commit, ``+`` behind it if files differ; empty if unknown."""
     here = Path(__file__).parent
