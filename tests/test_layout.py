@@ -44,7 +44,11 @@ def test_transformers_imports_from_the_repository_root():
 
 
 def test_kernels_have_a_test_of_the_same_stem():
-    kernels = {p.stem for p in (ROOT / "kernels/qat_kernels").glob("*.py")} - {"__init__"}
+    package = ROOT / "kernels/qat_kernels"
+    modules = [p.stem for p in package.glob("*.py")] + [
+        p.parent.name for p in package.glob("*/*.py")
+    ]
+    kernels = set(modules) - {"__init__"}
     tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests/kernels").glob("test_*.py")}
     assert kernels == tests
 

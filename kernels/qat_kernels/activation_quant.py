@@ -158,9 +158,7 @@ def _round_to(y: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
     return y
 
 
-def choose(
-    shape: tuple[int, ...], device: torch.device, *, to: Format = "int8", **_: Any
-) -> Choice:
+def choose(shape: tuple[int, ...], device: torch.device, *, to: Format = "int8") -> Choice:
     """Path for activations of ``shape`` (..., K): ``triton`` or ``reference``.
 
     Raises:

@@ -47,9 +47,12 @@ def explain(
     module = importlib.import_module(f"qat_kernels.{op}")
     for name, value in options.items():
         if name.endswith("dtype") and isinstance(value, str):
-            options[name] = getattr(torch, value)
+            found = getattr(torch, value, None)
+            if not isinstance(found, torch.dtype):
+                raise ValueError(f"{name}={value}: no dtype of torch")
+            options[name] = found
     try:
         choice: Choice = module.choose(shape, torch.device(device), **options)
-    except TypeError as error:
-        raise ValueError(f"op={op}: {error}") from error
+    except (TypeError, IndexError) as error:
+        raise ValueError(f"op={op}, shape={shape}: {error}") from error
     return choice

@@ -16,7 +16,7 @@ Source: Micikevicius et al., FP8 Formats for Deep Learning (arXiv:2209.05433).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def reference(x: Tensor, weight: PackedFp8, bias: Tensor | None = None) -> Tenso
     return y.view(*x.shape[:-1], weight.codes.shape[0])
 
 
-def choose(shape: tuple[int, ...], device: torch.device, **_: Any) -> Choice:
+def choose(shape: tuple[int, ...], device: torch.device) -> Choice:
     """Path of a layer (M, N, K): ``triton`` or ``reference``; see `scaled_matmul.choose`."""
     return scaled_matmul.choose(shape, device, dtype=E4M3)
 

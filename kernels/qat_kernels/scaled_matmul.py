@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,7 +159,7 @@ def tile(m: int, decode: bool, int8: bool) -> Tile:
 
 
 def choose(
-    shape: tuple[int, ...], device: torch.device, *, dtype: torch.dtype = torch.int8, **_: Any
+    shape: tuple[int, ...], device: torch.device, *, dtype: torch.dtype = torch.int8
 ) -> Choice:
     """Path for codes of ``dtype`` and a shape (M, N, K): ``triton`` or ``reference``.
 

@@ -43,7 +43,7 @@ from torch.nn import functional
 
 from qat_kernels import w4a16_cpu, w4a16_launch
 from qat_kernels.numerics import QuantSpec, dequantize, unpack
-from qat_kernels.support import Choice, interpreted, kernels_run_on, verified
+from qat_kernels.support import Choice, capability_of, interpreted, kernels_run_on, verified
 from qat_kernels.w4a16_planes import layout, to_groups, to_planes
 
 Path = Literal["int4pack", "int8pack", "triton", "reference"]
@@ -321,14 +321,17 @@ def _prepare_planes(
     if plan is None or slow is not None or (zero and spec.bits > 4) or dtype == torch.float32:
         why = slow.reason if slow else "bf16 or fp16, groups of a multiple of 16, zero points to 4"
         raise ValueError(f"path=triton cannot run this weight {shape}: {why}")
-    name = f"w4a16 int{plan.bits} g{plan.group} {dtype}{' zero' if zero else ''}"
-    trial = plan.group if plan.group < plan.step else plan.step
+    if not interpreted():
+        config = w4a16_launch.config_of(n, k, plan, capability_of(device))
+        name = f"w4a16 int{plan.bits} g{plan.group} {dtype} zero={zero} {config}"
+        # the machine code of a long group is that of a group of one trip
+        short = min(plan.group, plan.step)
 
-    def check() -> bool:
-        return w4a16_launch.check(device, plan.bits, trial, dtype, zero)
+        def check() -> bool:
+            return w4a16_launch.check(device, plan.bits, short, dtype, zero, config)
 
-    if not interpreted() and not verified(name, device, check):
-        return None
+        if not verified(name, device, check):
+            return None
     words, high = to_planes(unpack(packed, spec.bits, k), plan)
     scale_NG = to_groups(scale.expand(n, -1), plan, group, k)
     if w4a16_cpu.exact_in_bf16(scale_NG):

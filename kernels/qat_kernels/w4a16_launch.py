@@ -207,11 +207,19 @@ def _block_m(m: int, config: Config) -> int:
     return 16 if m <= 16 else 32
 
 
-def check(device: torch.device, bits: int, group: int, half: torch.dtype, zero: bool) -> bool:
+def check(
+    device: torch.device,
+    bits: int,
+    group: int,
+    half: torch.dtype,
+    zero: bool,
+    config: Config | None = None,
+) -> bool:
     """Whether the kernels are exact on ``device`` for integer-valued inputs, in every tile.
 
     With whole trips through K, enough of them for the pipeline to run full, and with a last trip
-    that is not full, where the group allows it: that is other machine code.
+    that is not full, where the group allows it: that is other machine code. The former with bf16
+    scales, the latter with fp32 ones.
 
     Args:
         device: a CUDA device, or the CPU in the interpreter.
@@ -219,22 +227,27 @@ def check(device: torch.device, bits: int, group: int, half: torch.dtype, zero: 
         group: inputs per scale.
         half: bf16 or fp16.
         zero: with zero points.
+        config: the configuration that a layer will use; None tries the default one, cut and uncut.
     """
     plan = layout(bits, group)
     assert plan is not None
     whole = math.lcm(group, plan.step)
     lengths = {whole * max(1, 6 * plan.step // whole), whole + group}
-    return all(_check_length(device, bits, group, half, zero, k) for k in sorted(lengths))
+    return all(_check_length(device, plan, group, half, zero, k, config) for k in sorted(lengths))
 
 
 def _check_length(
-    device: torch.device, bits: int, group: int, half: torch.dtype, zero: bool, k: int
+    device: torch.device,
+    plan: Layout,
+    group: int,
+    half: torch.dtype,
+    zero: bool,
+    k: int,
+    config: Config | None,
 ) -> bool:
-    plan = layout(bits, group)
-    assert plan is not None
     n = 96
     generator = torch.Generator().manual_seed(0)
-    low = -(1 << (bits - 1))
+    low = -(1 << (plan.bits - 1))
     codes = torch.randint(low, -low, (n, k), generator=generator).to(torch.int8)
     scale = torch.randint(1, 3, (n, k // group), generator=generator).float()
     zeros = torch.randint(-2, 3, scale.shape, generator=generator).to(torch.int8) if zero else None
@@ -248,13 +261,15 @@ def _check_length(
     high, scale_G, zeros_G = (None if t is None else t.to(device) for t in (high, *grouped))
     words = words.to(device)
     assert scale_G is not None
+    scale_G = scale_G.to(torch.bfloat16 if k % plan.step == 0 else torch.float32)
     dense = dequantize(words, high, scale_G, zeros_G, plan, k, half)
     if not torch.equal(dense.cpu(), weight.to(half)):
         return False
     default = config_of(n, k, plan, (8, 0) if interpreted() else capability_of(device))
-    for m, splits in ((1, 1), (16, 1), (40, 1), (40, 2)):
-        config = replace(default, splits=splits)
-        y = matmul(x[:m].to(device), words, high, scale_G, zeros_G, None, None, plan, config)
+    uncut, cut = (replace(default, splits=splits) for splits in (1, 2))
+    trials = ((1, uncut), (16, uncut), (40, uncut), (40, cut))
+    for m, trial in trials if config is None else ((1, config), (16, config), (40, config)):
+        y = matmul(x[:m].to(device), words, high, scale_G, zeros_G, None, None, plan, trial)
         if not torch.equal(y.cpu(), expected[:m]):
             return False
     return True

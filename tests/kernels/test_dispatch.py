@@ -33,5 +33,10 @@ def test_dtypes_by_name():
 def test_unknown_operations_and_options_are_refused():
     with pytest.raises(ValueError, match=r"op=w5a16: one of .*w4a16"):
         explain("w5a16", (1, 2, 3))
-    with pytest.raises(ValueError, match=r"op=w4a16: .*colour"):
-        explain("w4a16", (1, 64, 64), colour="red")
+    for name in OPERATIONS:
+        with pytest.raises(ValueError, match=rf"op={name}, .*colour"):
+            explain(name, SHAPES.get(name, (1, 64, 128)), colour="red")
+    with pytest.raises(ValueError, match="dtype=float33: no dtype"):
+        explain("w4a16", (1, 64, 64), dtype="float33")
+    with pytest.raises(ValueError, match=r"shape=\(1,\)"):
+        explain("w4a16", (1,))

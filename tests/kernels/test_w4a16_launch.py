@@ -142,7 +142,7 @@ def test_a_table_from_a_newer_assembler_brings_no_wgmma(monkeypatch: pytest.Monk
 
 def test_the_self_test_covers_whole_and_cut_trips(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(w4a16_launch, "_check_length", lambda *a: seen.append(a[-1]) is None)
+    monkeypatch.setattr(w4a16_launch, "_check_length", lambda *a: seen.append(a[-2]) is None)
     assert check(torch.device("cpu"), 4, 128, torch.bfloat16, False)
     # more whole trips of 256 than stages, and one that is half
     assert seen == [384, 1536]
