@@ -4,6 +4,7 @@ Shapes: x [..., K], weight [N, K], y [..., N]. All layers are for inference only
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ class PackedLinear(_QuantizedLinear):
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    high: Tensor | None
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
         super().__init__(weight.in_features, weight.out_features, bias)
@@ -57,9 +59,8 @@ class PackedLinear(_QuantizedLinear):
         self.packed = weight
         # buffers, so that the model's memory is counted; not persistent, because this is not the
         # layout of the file
-        self.register_buffer("codes", weight.codes, persistent=False)
-        self.register_buffer("scale", weight.scale, persistent=False)
-        self.register_buffer("zero_point", weight.zero_point, persistent=False)
+        for name in ("codes", "scale", "zero_point", "high"):
+            self.register_buffer(name, getattr(weight, name), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output [..., N] in the dtype of x."""
@@ -85,10 +86,19 @@ class Int8Linear(_QuantizedLinear):
         self.dtype = weight.dtype
         self.packed = weight
         self.reuse = reuse
-        self.register_buffer("codes", weight.codes, persistent=False)
-        self.register_buffer("scale", weight.scale, persistent=False)
-        self.register_buffer("zero_point", weight.zero_point, persistent=False)
-        self.register_buffer("input_scale", weight.input_scale, persistent=False)
+        self._register()
+
+    def _register(self) -> None:
+        for name in ("codes", "scale", "zero_point", "input_scale"):
+            self.register_buffer(name, getattr(self.packed, name), persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the buffers: those of oneDNN cannot be copied, and ``packed`` knows how to be."""
+        return {**self.__dict__, "_buffers": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._register()
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output [..., N] in the dtype of x."""

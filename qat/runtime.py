@@ -7,9 +7,9 @@ quantized layer ever exists in 16 bit. With ``dtype=torch.float32`` the model co
 transformers computes from the same files, bit for bit.
 
 In 16 bit on the CPU a sequence gets the same answer in every batch: quantized layers compute rows
-one by one, what is kept becomes `KeptLinear`, and `qat.row_attention` skips padding instead of
-masking it. (Prefill of `qat_kernels.w4a16_cpu.PREFILL_TOKENS` and more computes sequence by
-sequence: equal for prompts of equal length.)
+one by one or in tiles of equal size, what is kept becomes `KeptLinear`, and `qat.row_attention`
+skips padding instead of masking it. (Prefill of `qat_kernels.w4a16_cpu.PREFILL_TOKENS` and more
+computes sequence by sequence: equal for prompts of equal length.)
 
 What these modules do not cover (packed experts, subclasses of Linear, float formats, quantized
 caches) is loaded by plain transformers, and a log line says so and why.

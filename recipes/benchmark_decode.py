@@ -49,7 +49,7 @@ def run(config: DecodeBenchmarkConfig) -> None:
     """Measure, print the table, write benchmark_decode.json, .csv and .png where asked.
 
     Raises:
-        RuntimeError: an answer of an int4 artifact depends on the batch; all figures are printed.
+        RuntimeError: an answer of an artifact depends on the batch; all figures are printed.
         UserError: the disk has no room for the random model.
     """
     output = None if config.output_dir is None else Path(config.output_dir)

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def test_imports_go_one_way(package):
 
 def test_kernels_is_a_source_root_and_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_package_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    roots = {"qat": ROOT / "qat", "qat_kernels": ROOT / "kernels/qat_kernels"}
+    found = {
+        ".".join((name, *init.parent.relative_to(root).parts))
+        for name, root in roots.items()
+        for init in root.rglob("__init__.py")
+    }
+    assert set(listed["packages"]) == found
 
 
 def test_transformers_imports_from_the_repository_root():

@@ -12,7 +12,8 @@ gets the fp32 epsilon as its scale in both. RMSNorm computes as transformers' Ll
 mean of squares, the normalized row rounded to the dtype of x, then times the weight in that dtype.
 
 One launch and one pass: a program holds its row in registers. Rows do not depend on each other. A
-NaN in a row makes its scale NaN, so that it is not lost among the codes.
+NaN in a row makes its scale NaN, so that it is not lost among the codes; a given scale cannot say
+so, and the code of a NaN beside one is undefined.
 
 Shape legend: M tokens, K features. ``x_MK, codes_MK, scale_M1``.
 Sources: compressed-tensors (int8); Micikevicius et al., FP8 Formats (arXiv:2209.05433).

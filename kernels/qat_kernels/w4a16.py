@@ -26,7 +26,8 @@ dequantize  prefill of the layers of the other three: weights rounded to 16 bits
 triton      CUDA, bf16 or fp16, 2 to 4 bits, or 8 bits without zero points: a fused kernel, fp32
             sums in a fixed order of K, no atomics; see `qat_kernels.w4a16_triton`.
 reference   everything else, and fp32 always: dequantize per call, then a matmul in fp32. In fp32
-            this is functional.linear(x, dequantize(unpack(packed))) bit for bit.
+            this is functional.linear(x, dequantize(unpack(packed))) bit for bit; 16-bit rows go in
+            tiles on the CPU (`w4a16_cpu.linear_by_tiles`), so that they do not depend on M.
 ==========  ====================================================================================
 
 Sources: layout, compressed-tensors ``pack-quantized``; CPU op, ATen/native/cpu/int4mm_kernel.cpp.
@@ -34,6 +35,7 @@ Sources: layout, compressed-tensors ``pack-quantized``; CPU op, ATen/native/cpu/
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,6 +63,7 @@ def reference(
     residual: Tensor | None = None,
     *,
     bits: int = 4,
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = functional.linear,
 ) -> Tensor:
     """The definition that every other path is tested against.
 
@@ -72,13 +75,14 @@ def reference(
         bias_N: [N], or None.
         residual: [..., N], added last, or None.
         bits: bits per code, 2 to 8.
+        multiply: the fp32 matmul.
 
     Returns:
         [..., N] in the dtype of x: fp32 matmul, rounded once.
     """
     weight_NK = dequantize(unpack(packed_NP, bits, x.shape[-1]), scale_NG, zero_point_NG)
     bias_N = None if bias_N is None else bias_N.to(torch.float32)
-    y = functional.linear(x.to(torch.float32), weight_NK, bias_N)
+    y = multiply(x.to(torch.float32), weight_NK, bias_N)
     return (y if residual is None else y + residual.to(torch.float32)).to(x.dtype)
 
 
@@ -158,8 +162,10 @@ def _compute(
         return x.new_empty(shape)
     x_MK = x.reshape(-1, k).contiguous()
     if path == "reference":
-        y = reference(x, codes, scale, zero_point, bias, residual, bits=bits)
-        return y.view(shape)
+        exact = x.dtype == torch.float32 or x.device.type != "cpu"
+        multiply = functional.linear if exact else w4a16_cpu.linear_by_tiles
+        stored = (codes, scale, zero_point)
+        return reference(x, *stored, bias, residual, bits=bits, multiply=multiply).view(shape)
     if codes.dtype == torch.int16:
         plan = layout(bits, group)
         assert plan is not None, "prepare() checked the group"

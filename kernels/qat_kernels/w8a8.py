@@ -9,8 +9,8 @@ Equation, for a row m of activations and an output feature n::
     y[m, n]   = (fp32(acc[m, n]) * s_w[n]) * s_x[m]  (+ bias[n])
 
 in fp32, in this order, rounded once to the dtype of x. Sums of integers have no order, and the rest
-is per element: a row's result never depends on the batch, and every path below that computes in
-integers gives the same bits.
+is per element: a row's result does not depend on the batch, and every path below that computes in
+integers gives the same bits for finite inputs.
 
 Shape legend: M rows of activations, N output features, K input features.
 ``x_MK, codes_NK, scale_N, bias_N, y_MN``.
@@ -24,7 +24,8 @@ onednn      CPU with AVX512-VNNI, bf16 or fp16: oneDNN's int8 matmul with weight
 triton      CUDA, bf16 or fp16: `activation_quant` in one launch, then `scaled_matmul` on the int8
             tensor cores, with the whole epilogue.
 dequantize  everything else, and fp32 always: fake-quantized activations times the dequantized
-            weight. In fp32 this is the fake-quant module, bit for bit.
+            weight. In fp32 this is the fake-quant module, bit for bit; 16-bit rows go in tiles on
+            the CPU (`w4a16_cpu.linear_by_tiles`), so that they do not depend on M.
 ==========  ====================================================================================
 
 Sources: compressed-tensors (dynamic per-token int8); oneDNN, "Quantization" in its developer guide.
@@ -33,6 +34,7 @@ Sources: compressed-tensors (dynamic per-token int8); oneDNN, "Quantization" in 
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qat_kernels import scaled_matmul
+from qat_kernels import scaled_matmul, w4a16_cpu
 from qat_kernels.activation_quant import quantize_activation
 from qat_kernels.numerics import (
     QuantSpec,
@@ -57,10 +59,13 @@ INPUT = QuantSpec(bits=8, granularity="token", grid="absmax", dynamic=True)
 """The codes of activations, whether their scale is dynamic or static."""
 MAX_K = (2**31 - 1) // (255 * 128)
 """Most input features for which uint8 times int8 cannot pass int32."""
+SINGLE_ROWS = 4
+"""Rows as which oneDNN gets a single one: it takes longer for one row than for four (743 to 638 us
+for cold weights of 4096 x 4096 on 2 cores), and exact sums do not change."""
 _SHIFT = 12582912.0
 """1.5 * 2^23: adding it to |t| < 2^22 rounds t half to even, into the low bits of the sum."""
 # as tensors: a Python number costs an operation on a few values twice its time
-_LEVELS, _ROUND = torch.tensor(127.5), torch.tensor(_SHIFT + 128)
+_LEVELS, _ROUND = torch.tensor([127.5, _SHIFT + 128], dtype=torch.float32, device="cpu").unbind()
 
 
 def codes_and_scale(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,7 +118,9 @@ def dequantized(
     s_x = token_scale(x) if input_scale is None else input_scale
     x = fake_quantize_with(x, s_x, INPUT)[0].to(x.dtype)
     weight_NK = dequantize(codes_NK, scale, zero_point).to(x.dtype)
-    return functional.linear(x, weight_NK, bias_N)
+    exact = x.dtype == torch.float32 or x.device.type != "cpu"
+    multiply = functional.linear if exact else w4a16_cpu.linear_by_tiles
+    return multiply(x, weight_NK, bias_N)
 
 
 # ---------------------------------------------------------------------------- choice
@@ -218,11 +225,12 @@ def quantize_shifted(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Ten
 class InputReuse:
     """The codes of the last activations, for layers that get the same ones (query, key, value).
 
-    One for a model: it holds no more than one input. Only dynamic scales are shared.
+    One for a model: it holds the codes of one input, for as long as that tensor lives. Only dynamic
+    scales are shared. Copies and pickles of it are empty.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
+        self._last: tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`quantize_shifted` of x, from memory where x is the very tensor of the last call."""
@@ -230,10 +238,19 @@ class InputReuse:
             # nobody counts changes of such a tensor
             return quantize_shifted(x, None)
         last = self._last
-        if last is None or last[0] is not x or last[1] != x._version:
+        if last is None or last[0]() is not x or last[1] != x._version:
+            quantized = quantize_shifted(x, None)
             # one assignment: another thread sees all of it or nothing
-            last = self._last = (x, x._version, quantize_shifted(x, None))
+            last = self._last = (weakref.ref(x, self._forget), x._version, quantized)
         return last[2]
+
+    def _forget(self, dead: weakref.ref[Tensor]) -> None:
+        last = self._last
+        if last is not None and last[0] is dead:
+            self._last = None
+
+    def __reduce__(self) -> tuple[type[InputReuse], tuple[()]]:
+        return InputReuse, ()
 
 
 def _onednn_linear(
@@ -245,7 +262,12 @@ def _onednn_linear(
     quantized: tuple[Tensor, Tensor],
 ) -> Tensor:
     u, s_x = quantized
-    y = _qlinear(u, codes, scale_N, zero_N).mul_(s_x)
+    if u.numel() == u.shape[-1]:
+        copies = u.reshape(1, -1).expand(SINGLE_ROWS, -1).contiguous()
+        y = _qlinear(copies, codes, scale_N, zero_N)[:1].view(*x.shape[:-1], -1)
+    else:
+        y = _qlinear(u, codes, scale_N, zero_N)
+    y = y.mul_(s_x)
     if bias_N is not None:
         y.add_(bias_N)
     return y.to(x.dtype)
@@ -344,6 +366,15 @@ class PackedInt8:
     dtype: torch.dtype
     """Dtype of the activations."""
 
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """For copy and pickle, which oneDNN's layout refuses: the codes, to be prepared again."""
+        codes, scale, zero_point = self.codes, self.scale, self.zero_point
+        if self.path == "onednn":
+            codes, scale, zero_point = codes.to_dense().T.contiguous(), scale[:, None], None
+        path: Path | None = "dequantize" if self.path == "dequantize" else None
+        again = functools.partial(prepare, dtype=self.dtype, path=path)
+        return again, (codes, scale, zero_point, self.input_scale)
+
 
 def prepare(
     codes_NK: Tensor,
@@ -384,7 +415,7 @@ def prepare(
     static = None if input_scale is None else input_scale.to(device, torch.float32).reshape(1)
     if (path or choice.path) == "onednn":
         row = scale[:, 0].expand(n).contiguous()
-        zero = torch.zeros(n, dtype=torch.int32)
+        zero = torch.zeros(n, dtype=torch.int32, device=device)
         return PackedInt8("onednn", _prepack(codes_NK), row, zero, static, n, k, dtype)
     if (path or choice.path) == "triton":
         row = scale.expand(n, 1).contiguous()

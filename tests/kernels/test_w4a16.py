@@ -18,6 +18,7 @@ from torch.nn import functional
 from qat_kernels import support, w4a16
 from qat_kernels.numerics import QuantSpec, compute_scale, dequantize, pack, quantize, unpack
 from qat_kernels.w4a16 import linear, prepare, reference
+from qat_kernels.w4a16_cpu import PREFILL_TOKENS
 
 INTERPRETED = support.interpreted()
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
@@ -217,6 +218,21 @@ def test_a_row_does_not_depend_on_the_others(bits: int) -> None:
     for m in (1, 2, 4, 16):
         parts = torch.cat([linear(part, packed) for part in case.x.split(m)])
         torch.testing.assert_close(parts, together, atol=0, rtol=0)
+
+
+@compiled
+def test_a_row_of_the_reference_path_does_not_depend_on_the_others() -> None:
+    # many features in and out: where the matmuls of one row and of many differ in some bits
+    case = Case(2 * PREFILL_TOKENS, 512, 2048, QuantSpec(group_size=16), torch.float16)
+    packed = case.prepare()
+    assert packed.path == "reference"
+    together = linear(case.x[:33], packed)
+    for m in (1, 2, 5, 16):
+        parts = torch.cat([linear(part, packed) for part in case.x[:33].split(m)])
+        torch.testing.assert_close(parts, together, atol=0, rtol=0)
+    prompts = case.x.view(2, PREFILL_TOKENS, 2048)
+    alone = torch.cat([linear(prompt, packed) for prompt in prompts.split(1)])
+    torch.testing.assert_close(linear(prompts, packed), alone, atol=0, rtol=0)
 
 
 @compiled

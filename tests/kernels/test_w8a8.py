@@ -1,5 +1,7 @@
 """W8A8 linear: integer paths against the reference with equality, fp32 against the fake-quant."""
 
+import copy
+import pickle
 from itertools import product
 
 import pytest
@@ -77,8 +79,11 @@ def test_codes_are_those_of_numerics(dtype: torch.dtype, static: float | None) -
 def test_values_that_are_no_numbers_stay_none(bad: float, static: bool) -> None:
     case = Case(3, 8, 64, torch.bfloat16)
     case.x[1, 5] = bad
-    y = linear(case.x, case.prepare(static))
-    assert not bool(y[1].isfinite().any())
+    packed = case.prepare(static)
+    y = linear(case.x, packed)
+    # like compressed-tensors, the fake-quant arithmetic clamps infinity where the scale is given
+    clamped = static and bad == float("inf") and packed.path == "dequantize"
+    assert bool(y[1].isfinite().any()) == clamped
     assert bool(y[::2].isfinite().all())
 
 
@@ -116,10 +121,11 @@ def test_sums_beyond_the_integers_of_fp32() -> None:
     torch.testing.assert_close(linear(x, prepare(codes, scale)), expected, atol=0, rtol=0)
 
 
-@vnni
-def test_a_row_does_not_depend_on_the_others() -> None:
-    case = Case(33, 80, 256, torch.bfloat16)
-    packed = case.prepare()
+@pytest.mark.parametrize("path", [pytest.param("onednn", marks=vnni), "dequantize"])
+def test_a_row_does_not_depend_on_the_others(path: w8a8.Path) -> None:
+    # many features in and out: where the matmuls of one row and of many differ in some bits
+    case = Case(33, 512, 2048, torch.bfloat16)
+    packed = case.prepare(path=path)
     together = linear(case.x, packed)
     for m in (1, 2, 4, 16):
         parts = torch.cat([linear(part, packed) for part in case.x.split(m)])
@@ -194,6 +200,36 @@ def test_a_shared_input_is_quantized_once(monkeypatch: pytest.MonkeyPatch) -> No
             x.mul_(-1)
             assert torch.equal(linear(x, packed, None, reuse), linear(x, packed))
             assert not torch.equal(before, linear(x, packed))
+
+
+@vnni
+def test_no_input_is_kept_alive() -> None:
+    case, reuse = Case(4, 24, 96, torch.bfloat16), InputReuse()
+    packed, x = case.prepare(), case.x.clone()
+    with torch.no_grad():
+        linear(x, packed, None, reuse)
+        assert reuse._last is not None
+        for copied in (copy.deepcopy(reuse), pickle.loads(pickle.dumps(reuse))):
+            assert copied._last is None
+        # the end of an input that is not the last one takes nothing away
+        other = x.clone()
+        linear(other, packed, None, reuse)
+        del x
+        assert reuse._last is not None
+        del other
+    assert reuse._last is None
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("path", [None, "dequantize"])
+def test_copies_and_pickles(path: w8a8.Path | None, whole: bool, static: bool) -> None:
+    case = Case(3, 40, 96, torch.bfloat16, whole)
+    packed = case.prepare(static, path)
+    expected = linear(case.x, packed, case.bias)
+    for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert copied.path == packed.path
+        torch.testing.assert_close(linear(case.x, copied, case.bias), expected, atol=0, rtol=0)
 
 
 # ---------------------------------------------------------------------------- inputs, operator
