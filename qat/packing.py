@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from qat import row_attention
 from qat.errors import UserError
 from qat.tokens import TokenStore
 
@@ -263,7 +264,8 @@ def _refuse(config: PreTrainedConfig) -> None:
     if getattr(config, "use_bidirectional_attention", False):
         raise _leaks(config, "bidirectional attention")
     implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in (None, "eager", "sdpa"):
+    # served artifacts attend by row, which hands the masks made here to sdpa as they are
+    if implementation not in (None, "eager", "sdpa", row_attention.NAME):
         raise _leaks(config, f"attention implementation '{implementation}' (use sdpa or eager)")
 
 

@@ -45,7 +45,7 @@ def _weight_only(device: torch.device, m: int, n: int, k: int, bits: int, group:
         "ours": [partial(w4a16.linear, x, w) for w in packed],
     }
     if bits == 4 and group <= 256:
-        for name in ("torch tinygemm", "torchao int4"):
+        for name in ("torch tinygemm", "torchao int4", "gemlite int4", "Marlin int4 (vLLM)"):
             contestants[name] = build(name, dense[:small_copies], x.view(m, k), group)
     moved = n * k * bits / 8 + 2 * n * k / group + 2 * m * (n + k)
     name = f"int{bits} g{'K' if group == k else group} {n}x{k}"

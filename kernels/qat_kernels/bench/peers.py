@@ -1,7 +1,9 @@
 """Other projects' kernels for the same work, where they are installed and run on this device.
 
 A peer quantizes the same weight by its own method to as many bits and groups of the same size; only
-time is compared here. One that is missing, or refuses, is named in a line and left out.
+time is compared here. One that is missing, or refuses, is named in a line and left out. The
+builders for CUDA only (tinygemm, gemlite, Marlin) follow their projects' sources and have not run
+yet.
 """
 
 from __future__ import annotations
@@ -42,10 +44,57 @@ def torchao_int4(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
     """The weight-only int4 layer of torchao, in the packing that fits the device."""
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
-    packing = "tile_packed_to_4d" if w_NK.is_cuda else "opaque"
     layer = _linear(w_NK)
-    quantize_(layer, Int4WeightOnlyConfig(group_size=group, int4_packing_format=packing))
+    if w_NK.is_cuda:
+        config = Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
+    else:
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+        config = PrototypeInt4WeightOnlyConfig(group_size=group)
+    quantize_(layer, config)
     return partial(layer, x_MK)
+
+
+def gemlite_int4(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
+    """The weight-only int4 layer of gemlite, whose Triton kernels run on CUDA."""
+    if not w_NK.is_cuda:
+        raise RuntimeError("a CUDA kernel")
+    from gemlite.helper import A16Wn
+
+    n, k = w_NK.shape
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=w_NK.device)
+    scales = torch.rand(n * k // group, 1, dtype=x_MK.dtype, device=w_NK.device)
+    maker = A16Wn(device=str(w_NK.device), dtype=x_MK.dtype)
+    layer = maker.from_weights(codes, scales, torch.full_like(scales, 8.0), 4, group)
+    return partial(layer, x_MK)
+
+
+def marlin_int4(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
+    """Marlin's int4 matmul, through the functions by which vLLM tests and calls it."""
+    if not w_NK.is_cuda:
+        raise RuntimeError("a CUDA kernel")
+    from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_test
+    from vllm.scalar_type import scalar_types
+
+    n, k = w_NK.shape
+    kind = scalar_types.uint4b8
+    made = marlin_utils_test.marlin_quantize(w_NK.t().contiguous(), kind, group, False)
+    _, packed, scales, _, _, _ = made
+    empty = marlin_utils.marlin_make_empty_g_idx(w_NK.device)
+    return partial(
+        marlin_utils.apply_gptq_marlin_linear,
+        input=x_MK,
+        weight=packed,
+        weight_scale=scales,
+        weight_zp=empty,
+        g_idx=empty,
+        g_idx_sort_indices=empty,
+        workspace=marlin_utils.marlin_make_workspace_new(w_NK.device),
+        wtype=kind,
+        output_size_per_partition=n,
+        input_size_per_partition=k,
+        is_k_full=True,
+    )
 
 
 def torchao_int8(w_NK: Tensor, x_MK: Tensor, group: int) -> Call:
@@ -103,6 +152,8 @@ PEERS: dict[str, tuple[str, Build]] = {
     "torch tinygemm": ("torch", tinygemm),
     "torch._scaled_mm": ("torch", scaled_mm),
     "torchao int4": ("torchao", torchao_int4),
+    "gemlite int4": ("gemlite", gemlite_int4),
+    "Marlin int4 (vLLM)": ("vllm", marlin_int4),
     "torchao W8A8": ("torchao", torchao_int8),
     "torchao fake-quant": ("torchao", torchao_fake_quant),
     "bitsandbytes NF4": ("bitsandbytes", bitsandbytes_nf4),

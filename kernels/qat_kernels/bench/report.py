@@ -18,7 +18,7 @@ import torch
 
 RESULTS = Path(__file__).parent.parent / "results"
 """Where rows are appended by default."""
-VERSIONS = ("torch", "triton", "bitsandbytes", "torchao")
+VERSIONS = ("torch", "triton", "bitsandbytes", "torchao", "gemlite", "vllm")
 """Packages whose versions stand in each row, where installed."""
 
 
