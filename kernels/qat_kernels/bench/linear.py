@@ -71,7 +71,7 @@ def _int8(device: torch.device, m: int, n: int, k: int) -> Case:
     contestants: dict[str, list[Call]] = {
         "bf16": [partial(functional.linear, x, w) for w in dense],
         "ours": [partial(w8a8.linear, x, w) for w in packed],
-        "torchao W8A8": build("torchao W8A8", dense, x.view(m, k), k),
+        "torchao W8A8 eager": build("torchao W8A8 eager", dense, x.view(m, k), k),
     }
     # int8 tensor cores do twice the operations of bf16
     return Case("w8a8", f"{n}x{k}", m, present(contestants), n * k + 2 * m * (n + k), m * n * k)

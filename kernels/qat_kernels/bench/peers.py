@@ -154,7 +154,7 @@ PEERS: dict[str, tuple[str, Build]] = {
     "torchao int4": ("torchao", torchao_int4),
     "gemlite int4": ("gemlite", gemlite_int4),
     "Marlin int4 (vLLM)": ("vllm", marlin_int4),
-    "torchao W8A8": ("torchao", torchao_int8),
+    "torchao W8A8 eager": ("torchao", torchao_int8),
     "torchao fake-quant": ("torchao", torchao_fake_quant),
     "bitsandbytes NF4": ("bitsandbytes", bitsandbytes_nf4),
     "bitsandbytes dequantize": ("bitsandbytes", bitsandbytes_dequantize),
