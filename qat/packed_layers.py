@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qat_kernels import w8a8
+from qat_kernels import w4a16_cpu, w8a8
 from qat_kernels.w4a16 import PackedWeight, linear
 from qat_kernels.w8a8 import InputReuse, PackedInt8
 
@@ -114,12 +114,9 @@ class KeptLinear(nn.Linear):
     """A 16-bit ``nn.Linear`` on the CPU whose rows do not depend on how many there are.
 
     ATen multiplies a single row by another routine (gemv) than several, and rounds differently:
-    0.05 % of bf16 outputs changed. So a single row is computed as one of ``rows`` equal ones. Where
-    even that depends on their number (`rows_agree`), all rows go in tiles of `TILE`.
+    0.05 % of bf16 outputs changed. So a single row is computed as one of two. Where even that
+    depends on their number (`rows_agree`), all rows go by `w4a16_cpu.linear_by_tiles`.
     """
-
-    TILE = 16
-    """Rows of a tile, where tiles are needed."""
 
     def __init__(self, linear: nn.Linear) -> None:
         # not Linear.__init__: it would allocate a second weight
@@ -142,11 +139,11 @@ class KeptLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output [..., N] in the dtype of x."""
         rows = x.numel() // self.in_features
-        if rows > 1 and not self.tiled:
-            return functional.linear(x, self.weight, self.bias)
         if rows == 0:
             return x.new_empty(*x.shape[:-1], self.out_features)
-        tile = self.TILE if self.tiled else 2
-        flat = functional.pad(x.reshape(rows, -1), (0, 0, 0, -rows % tile))
-        parts = [functional.linear(part, self.weight, self.bias) for part in flat.split(tile)]
-        return torch.cat(parts)[:rows].view(*x.shape[:-1], -1)
+        if self.tiled:
+            return w4a16_cpu.linear_by_tiles(x, self.weight, self.bias)
+        if rows > 1:
+            return functional.linear(x, self.weight, self.bias)
+        both = functional.pad(x.reshape(1, -1), (0, 0, 0, 1))
+        return functional.linear(both, self.weight, self.bias)[:1].view(*x.shape[:-1], -1)

@@ -44,6 +44,7 @@ class Config:
     """Parts of K that run side by side."""
 
 
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 REDUCE_BLOCK = 1024
 DEQUANT_BLOCK_N = 16
 PROGRAMS = 264
@@ -110,7 +111,7 @@ def matmul(
         high: int8 of the same shape for 3 bits, else None.
         scale: [N, groups], bf16 or fp32, as `w4a16_planes.to_groups` makes them.
         zero: int8 zero points like scale, or None; 2 to 4 bits only.
-        bias: [N], or None.
+        bias: [N], any strides, or None.
         residual: [M, N] contiguous, or None.
         plan: how the codes lie.
         config: launch with this configuration instead of the table's.
@@ -125,6 +126,8 @@ def matmul(
         raise ValueError("bits=8: the kernel takes zero points with codes of 2 to 4 bits")
     (m, k), n = x_MK.shape, words.shape[0]
     out_dtype = x_MK.dtype
+    # the kernels read it without its stride
+    bias = None if bias is None else bias.contiguous()
     capability = (8, 0) if interpreted() else capability_of(x_MK.device)
     config = config or config_of(n, k, plan, capability)
     if interpreted():
@@ -162,9 +165,6 @@ def matmul(
                 **epilogue, SPLITS=config.splits, BLOCK=REDUCE_BLOCK,
             )  # fmt: skip
     return y.to(out_dtype)
-
-
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def dequantize(

@@ -1,9 +1,6 @@
 """Activation quantization: the kernel against the reference, the reference against `numerics`."""
 
-import os
 import re
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -11,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat_kernels import activation_quant, support
+from qat_kernels import activation_quant
 from qat_kernels.activation_quant import (
     MAX_FEATURES,
     check,
@@ -24,15 +21,12 @@ from qat_kernels.activation_quant import (
 )
 from qat_kernels.aot import compile_shipped
 from qat_kernels.numerics import QuantSpec, fake_quantize_with, token_scale
+from tests.kernels.interpreter import compiled, interpreted, passed_in_the_interpreter
 
 CPU = torch.device("cpu")
 FORMATS = ["int8", "e4m3"]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 INT8 = QuantSpec(bits=8, granularity="token", dynamic=True, grid="absmax")
-interpreted = pytest.mark.skipif(
-    not support.interpreted(), reason="runs in the interpreter's process"
-)
-compiled = pytest.mark.skipif(support.interpreted(), reason="needs torch's own operators only")
 
 
 def values(rows: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -202,12 +196,7 @@ def test_norm_differs_by_the_order_of_a_sum_only() -> None:
 
 @compiled
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "46 passed" in done.stdout, done.stdout
+    assert passed_in_the_interpreter(__file__) == 46
 
 
 @compiled

@@ -5,12 +5,6 @@ The kernel runs in the interpreter when TRITON_INTERPRET=1 is set before triton 
 compiled where there is a GPU.
 """
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -31,13 +25,11 @@ from qat_kernels.numerics import (
     compute_scale,
     fake_quantize,
 )
-from qat_kernels.support import interpreted
+from tests.kernels.interpreter import INTERPRETED, compiled, passed_in_the_interpreter
 
-INTERPRETED = interpreted()
 DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
 # NaN and infinity are among the inputs, and numpy remarks on what they turn into
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-compiled = pytest.mark.skipif(INTERPRETED, reason="needs the compiler, not the interpreter")
 
 
 def kernel(test):
@@ -282,11 +274,4 @@ def test_three_instructions_divide_exactly(error):
 
 @compiled
 def test_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed.group(1)) == 94, done.stdout[-2000:]
+    assert passed_in_the_interpreter(__file__) == 94

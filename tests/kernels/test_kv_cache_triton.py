@@ -4,9 +4,6 @@ The kernels run in the interpreter when TRITON_INTERPRET=1 is set before triton 
 `test_kernels_in_the_interpreter` starts this file again in such a process.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat_kernels import aot, kv_cache, support
+from qat_kernels import aot, kv_cache
 from qat_kernels import kv_cache_triton as kernels
+from tests.kernels.interpreter import INTERPRETED, compiled, interpreted, passed_in_the_interpreter
 
-INTERPRETED = support.interpreted()
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
-compiled = pytest.mark.skipif(INTERPRETED, reason="needs the compiler, not the interpreter")
 on_gpu = pytest.mark.skipif(
     INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device"
 )
@@ -208,12 +203,7 @@ def test_the_self_test_passes_and_fails(monkeypatch: pytest.MonkeyPatch) -> None
 
 @compiled
 def test_kernels_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "35 passed" in done.stdout, done.stdout
+    assert passed_in_the_interpreter(__file__) == 35
 
 
 # ---------------------------------------------------------------------------- binaries, GPU

@@ -4,20 +4,15 @@ The kernel runs in the interpreter when TRITON_INTERPRET=1 is set before triton 
 `test_kernel_in_the_interpreter` starts this file again in such a process.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from qat_kernels import aot, kv_cache, kv_cache_triton, kv_cache_write, support
+from qat_kernels import aot, kv_cache, kv_cache_triton, kv_cache_write
+from tests.kernels.interpreter import INTERPRETED, compiled, interpreted, passed_in_the_interpreter
 
-INTERPRETED = support.interpreted()
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
-compiled = pytest.mark.skipif(INTERPRETED, reason="needs the compiler, not the interpreter")
 on_gpu = pytest.mark.skipif(
     INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device"
 )
@@ -93,12 +88,7 @@ def test_special_vectors(bits: int, dtype: torch.dtype) -> None:
 
 @compiled
 def test_kernel_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "18 passed" in done.stdout, done.stdout
+    assert passed_in_the_interpreter(__file__) == 18
 
 
 @compiled

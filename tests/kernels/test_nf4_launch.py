@@ -6,9 +6,6 @@ and `nf4_lora` run there, too, told that the CPU is a place for Triton.
 """
 
 import itertools
-import os
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 
@@ -27,10 +24,8 @@ from qat_kernels.nf4_numerics import (
     dequantize_absmax,
     reference,
 )
+from tests.kernels.interpreter import compiled, interpreted, passed_in_the_interpreter
 
-INTERPRETED = support.interpreted()
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
-compiled = pytest.mark.skipif(INTERPRETED, reason="needs the compiler, not the interpreter")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU = torch.device("cpu")
 
@@ -266,12 +261,7 @@ def test_the_self_tests_see_one_wrong_value(name: str, monkeypatch: pytest.Monke
 
 @compiled
 def test_kernels_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "44 passed" in done.stdout, done.stdout
+    assert passed_in_the_interpreter(__file__) == 44
 
 
 # ---------------------------------------------------------------------------- with the compiler

@@ -1,15 +1,11 @@
 """Matmul of int8 and FP8 codes: the kernel against the reference, that against integers."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from qat_kernels import scaled_matmul as module
-from qat_kernels import support
 from qat_kernels.aot import compile_shipped
 from qat_kernels.scaled_matmul import (
     DECODE,
@@ -24,16 +20,13 @@ from qat_kernels.scaled_matmul import (
     scaled_matmul_op,
     tile,
 )
+from tests.kernels.interpreter import compiled, interpreted, passed_in_the_interpreter
 
 CPU = torch.device("cpu")
 INT8, E4M3 = torch.int8, torch.float8_e4m3fn
 SHAPES = [(1, 7, 16), (3, 40, 33), (17, 65, 200), (5, 16, 513)]
 SMALL = Tile(16, 32, 64, 2, 1)
 """A tile in which the interpreter needs little time."""
-interpreted = pytest.mark.skipif(
-    not support.interpreted(), reason="runs in the interpreter's process"
-)
-compiled = pytest.mark.skipif(support.interpreted(), reason="needs torch's own operators only")
 
 
 class Case:
@@ -148,12 +141,7 @@ def test_e4m3_kernel_within_the_derived_bound(m: int, n: int, k: int) -> None:
 
 @compiled
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "17 passed" in done.stdout, done.stdout
+    assert passed_in_the_interpreter(__file__) == 17
 
 
 @compiled

@@ -5,9 +5,6 @@ The Triton kernels run in the interpreter when TRITON_INTERPRET=1 is set before 
 """
 
 import copy
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,14 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qat_kernels import support, w4a16
+from qat_kernels import w4a16
 from qat_kernels.numerics import QuantSpec, compute_scale, dequantize, pack, quantize, unpack
 from qat_kernels.w4a16 import linear, prepare, reference
 from qat_kernels.w4a16_cpu import PREFILL_TOKENS
+from tests.kernels.interpreter import compiled, interpreted, passed_in_the_interpreter
 
-INTERPRETED = support.interpreted()
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
-compiled = pytest.mark.skipif(INTERPRETED, reason="needs the compiler, not the interpreter")
 int4pack = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
     reason="the ATen op is used on x86 with AVX2 or better",
@@ -454,16 +449,18 @@ def test_rows_misaligned_and_strided_inputs() -> None:
     torch.testing.assert_close(linear(shifted, packed), whole, atol=0, rtol=0)
     strided = torch.stack((case.x, case.x), -1)[..., 0]
     torch.testing.assert_close(linear(strided, packed), whole, atol=0, rtol=0)
+    expected = linear(case.x, packed, case.bias)
+    strided = torch.stack((case.bias, -case.bias), -1)[..., 0]
+    torch.testing.assert_close(linear(case.x, packed, strided), expected, atol=0, rtol=0)
+    ones = torch.ones(1, dtype=torch.bfloat16)
+    expected = linear(case.x, packed, ones.repeat(25))
+    got = linear(case.x, packed, ones.expand(25))
+    torch.testing.assert_close(got, expected, atol=0, rtol=0)
 
 
 @compiled
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "25 passed" in done.stdout, done.stdout
+    assert passed_in_the_interpreter(__file__) == 25
 
 
 @compiled

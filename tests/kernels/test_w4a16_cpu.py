@@ -8,7 +8,8 @@ from qat_kernels import explain, w4a16_cpu
 from qat_kernels.numerics import QuantSpec, dequantize
 from qat_kernels.w4a16 import PackedWeight, linear
 from qat_kernels.w4a16_cpu import PREFILL_TOKENS, dequantize_int4pack, tile
-from tests.kernels.test_w4a16 import Case, compiled, int4pack
+from tests.kernels.interpreter import compiled
+from tests.kernels.test_w4a16 import Case, int4pack
 
 pytestmark = [compiled, int4pack]
 

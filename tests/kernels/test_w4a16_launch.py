@@ -1,24 +1,16 @@
 """The Triton path of W4A16: values in the interpreter, choice of configurations, GPU tests."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from qat_kernels import support, w4a16_launch
+from qat_kernels import w4a16_launch
 from qat_kernels.numerics import dequantize
 from qat_kernels.w4a16_launch import Config, check, config_of, heuristic, matmul
 from qat_kernels.w4a16_planes import layout, to_groups, to_planes
+from tests.kernels.interpreter import compiled, interpreted, passed_in_the_interpreter
 
-interpreted = pytest.mark.skipif(
-    not support.interpreted(), reason="runs in the interpreter's process"
-)
-compiled = pytest.mark.skipif(
-    support.interpreted(), reason="needs the compiler, not the interpreter"
-)
 on_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -101,12 +93,7 @@ def test_within_the_derived_bound(
 
 @compiled
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "23 passed" in done.stdout, done.stdout
+    assert passed_in_the_interpreter(__file__) == 23
 
 
 def test_configurations_fill_the_gpu_and_do_not_depend_on_m() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qat.packed_layers import Int8Linear, KeptLinear, PackedLinear
-from qat_kernels import w8a8
+from qat_kernels import w4a16_cpu, w8a8
 from qat_kernels.w4a16 import PackedWeight
 
 
@@ -68,7 +68,7 @@ def test_tiles_are_used_where_rows_depend_on_their_number(monkeypatch: pytest.Mo
     x = rows(33, 128)
     together = kept(x)
     assert torch.equal(torch.cat([kept(part) for part in x.split(1)]), together)
-    assert set(seen) == {KeptLinear.TILE}
+    assert set(seen) == {w4a16_cpu.TILE_ROWS}
 
 
 def test_an_int8_layer_is_copied_and_saved() -> None:
