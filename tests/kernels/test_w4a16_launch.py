@@ -91,9 +91,22 @@ def test_within_the_derived_bound(
     case.check_bound(case.run(config), splits)
 
 
+@interpreted
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_strided_bias_is_read_with_its_stride(splits: int) -> None:
+    """In fp32, for which the interpreter's launch makes no copy that would hide it."""
+    case = Random(2, 33, 96, 4, 32, "cpu")
+    x, bias, config = case.x.float(), case.bias.float(), Config(16, 1, 1, splits)
+    expected = matmul(x, *case.packed, bias, None, case.plan, config)
+    strided = torch.stack((bias, -bias), -1)[..., 0]
+    assert not strided.is_contiguous()
+    got = matmul(x, *case.packed, strided, None, case.plan, config)
+    assert torch.equal(got, expected)
+
+
 @compiled
 def test_in_the_interpreter() -> None:
-    assert passed_in_the_interpreter(__file__) == 23
+    assert passed_in_the_interpreter(__file__) == 25
 
 
 def test_configurations_fill_the_gpu_and_do_not_depend_on_m() -> None:
