@@ -1,0 +1,203 @@
+"""``qat export``: check what would be lost, write, read back, describe; whole or not at all."""
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qat import __version__
+from qat.artifact import MANIFEST, staged_directory, verify, write_manifest
+from qat.errors import UserError
+from qat.export.card import export_card
+from qat.export.compare import ReadBack, read_back
+from qat.export.format import Format, Loss
+from qat.export.source import Source
+from qat.fidelity import FidelityError
+from qat.tensor_files import read_json
+
+FormatName = Literal[
+    "compressed-tensors", "gguf", "gptq", "gptq_v2", "awq", "onnx", "bitsandbytes", "merged", "peft"
+]
+
+FORMATS: dict[str, tuple[str, str]] = {
+    "compressed-tensors": (
+        "qat.export.compressed_tensors:CompressedTensors",
+        "vLLM and transformers; the artifact's own format in the layout that engines read",
+    ),
+    "gguf": ("qat.export.gguf:Gguf", "llama.cpp, Ollama, LM Studio: Q4_0, Q4_1, Q8_0, F16"),
+    "gptq": ("qat.export.gptq:Gptq", "GPTQ version 1, as AutoGPTQ and vLLM read it"),
+    "gptq_v2": ("qat.export.gptq:GptqV2", "GPTQ version 2, for readers that name it"),
+    "awq": ("qat.export.awq:Awq", "AWQ in the GEMM layout, 4 bits"),
+    "onnx": ("qat.export.onnx:Onnx", "ONNX Runtime: a whole model with MatMulNBits"),
+    "bitsandbytes": ("qat.export.bitsandbytes:Bitsandbytes", "the NF4 base without its adapter"),
+    "merged": ("qat.export.merged:Merged", "plain transformers weights, unpacked (see dtype)"),
+    "peft": ("qat.export.peft:Peft", "the LoRA adapter of an nf4/ directory"),
+}
+"""Name → where the format is, and what it is for."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of ``qat export``."""
+
+    format: FormatName
+    """Format to write."""
+    out: str
+    """Directory to write, or for format=gguf a file that ends in .gguf; must not exist yet."""
+    allow_lossy: bool = False
+    """Write even what the format cannot carry exactly; the file and the report then say so."""
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """Only for format=merged: dtype of the weights; auto takes the smallest that is exact."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and what an outside reader found in it."""
+
+    format: str
+    """Name of the format."""
+    out: str
+    """Base name of what was written."""
+    losses: tuple[Loss, ...]
+    """What the format cannot carry exactly; empty for an exact export."""
+    read_back: ReadBack
+    """Comparison with the artifact."""
+    size_bytes: int
+    """Of all files written."""
+    source_sha256: str
+    """sha256 of the artifact's manifest.json."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the export carries the artifact's codes and scales exactly, as read back."""
+        return not self.losses and self.read_back.exact
+
+    def to_json(self) -> dict[str, Any]:
+        """Content of export.json."""
+        return {
+            "format": self.format,
+            "converter": f"qat-lightning {__version__}",
+            "source_sha256": self.source_sha256,
+            "exact": self.exact,
+            "losses": [asdict(loss) for loss in self.losses],
+            "read_back": asdict(self.read_back),
+        }
+
+    def text(self) -> str:
+        """Lines for people."""
+        lines = [f"{self.out}: {self.format}, {self.size_bytes:,} bytes", self.read_back.summary()]
+        if self.exact:
+            return "\n".join([*lines, "exact: the same codes and scales as the artifact"])
+        lines.append("lossy, as allow_lossy=true allows:")
+        return "\n".join([*lines, *(f"  {loss.what}: {loss.reason}" for loss in self.losses)])
+
+
+def export(artifact: Path | str, options: ExportOptions) -> ExportReport:
+    """Write an artifact in another format and read it back with a package that is not ours.
+
+    Args:
+        artifact: ``artifact/`` or ``nf4/`` of a run; must verify.
+        options: see `ExportOptions`.
+
+    Raises:
+        UserError: the artifact does not verify, the format cannot carry it (the message names the
+            nearest one that can), ``out`` exists, or a package is missing.
+        FidelityError: the reader found other codes or scales; nothing is left behind.
+        OSError: the disk is full; nothing is left behind.
+    """
+    path = Path(artifact)
+    handler = load_format(options)
+    with ExitStack() as stack:
+        source = Source(path, stack)
+        _check_source(path)
+        losses = tuple(handler.losses(source))
+        _refuse(losses, options)
+        digest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+        with _destination(Path(options.out).expanduser(), handler.suffix) as directory:
+            notes = {
+                "converter": f"qat-lightning {__version__}",
+                "source_sha256": digest,
+                "lossy": [f"{loss.what}: {loss.reason}" for loss in losses],
+            }
+            handler.write(source, directory, notes)
+            # whatever the source holds must be found again in the output
+            expected = [*source.matrices, *source.kept]
+            found = read_back(source, handler.read(source, directory), handler.reader, expected)
+            if not losses and not found.exact:
+                wrong = [*found.differences, *(f"{n}: not found" for n in found.not_compared)]
+                raise FidelityError(
+                    f"{options.format}: {found.reader} does not read what was trained "
+                    f"({len(wrong)} differences, first: {wrong[0]}); nothing was written"
+                )
+            size = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+            name = Path(options.out).name
+            report = ExportReport(options.format, name, losses, found, size, digest)
+            _describe(source, report, handler, directory)
+    return report
+
+
+def load_format(options: ExportOptions) -> Format:
+    """The format's object, made with these options."""
+    module, _, name = FORMATS[options.format][0].partition(":")
+    made: Format = getattr(importlib.import_module(module), name)(options)
+    return made
+
+
+def _check_source(path: Path) -> None:
+    problems = verify(path)
+    if problems:
+        raise UserError(
+            f"artifact={path}: it does not verify ({len(problems)} problems, first: "
+            f"{problems[0]}); copy it again, or run qat verify for the whole list"
+        )
+
+
+def _refuse(losses: tuple[Loss, ...], options: ExportOptions) -> None:
+    """Raise UserError for losses that were not allowed, or cannot be."""
+    fatal = [loss for loss in losses if not loss.writable]
+    if not losses or (options.allow_lossy and not fatal):
+        return
+    first = (fatal or list(losses))[0]
+    more = f" (and {len(losses) - 1} more)" if len(losses) > 1 else ""
+    message = (
+        f"format={options.format}: it cannot carry {first.what} exactly: {first.reason}{more}. "
+        f"The nearest format that can: {first.nearest}"
+    )
+    if not fatal:
+        message += "; or write it all the same with allow_lossy=true"
+    raise UserError(message)
+
+
+@contextmanager
+def _destination(out: Path, suffix: str | None) -> Iterator[Path]:
+    """A directory to write into; it, or the one file of its kind in it, becomes ``out``."""
+    if suffix is None or out.suffix != suffix:
+        with staged_directory(out) as staging:
+            yield staging
+        return
+    if os.path.lexists(out):
+        raise UserError(f"out={out} exists already; choose another name or remove it first")
+    beside = out.with_name(f"{out.name}.parts")
+    with staged_directory(beside) as staging:
+        yield staging
+    (written,) = beside.glob(f"*{suffix}")
+    (beside / "export.json").rename(out.with_name(f"{out.name}.export.json"))
+    written.rename(out)
+    shutil.rmtree(beside)
+
+
+def _describe(source: Source, report: ExportReport, handler: Format, directory: Path) -> None:
+    """Write export.json, the model card and the manifest."""
+    content = json.dumps(report.to_json(), indent=2)
+    (directory / "export.json").write_text(content + "\n", encoding="utf-8")
+    card = export_card(source.path, report.to_json(), handler.use)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    provenance = read_json(source.path / MANIFEST).get("provenance", {})
+    export_facts = {key: report.to_json()[key] for key in ("format", "converter", "source_sha256")}
+    write_manifest(directory, provenance | {"export": export_facts})

@@ -1,0 +1,1 @@
+"""``qat serve``: an OpenAI-compatible server on the packed model."""
