@@ -25,7 +25,8 @@ def export_card(artifact: Path, facts: dict[str, Any], use: str) -> str:
     title, _, rest = body.partition("\n")
     rest = re.sub(r"^## Use\n.*?(?=^## )", "", rest, flags=re.MULTILINE | re.DOTALL)
     heading = f"{title or '# Quantized model'} ({name})"
-    parts = [heading, "", *_conversion(facts), "", "## Use", "", use.strip(), "", rest.strip(), ""]
+    parts = [heading, "", *_conversion(facts), "", "## Use", "", use.strip(), ""]
+    parts += ["## The artifact that was converted", "", rest.strip(), ""]
     return "\n".join([front, *parts] if front else parts)
 
 

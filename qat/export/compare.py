@@ -55,7 +55,7 @@ class ReadBack:
 
 
 def read_back(
-    source: Source, found: Iterable[ReadMatrix | ReadTensor], reader: str, expected: Iterable[str]
+    source: Source, found: Iterable[ReadMatrix | ReadTensor], reader: str, names: Iterable[str]
 ) -> ReadBack:
     """Compare what a reader found with the artifact, one tensor at a time.
 
@@ -63,14 +63,15 @@ def read_back(
         source: the artifact.
         found: from `Format.read`.
         reader: its name and version.
-        expected: names that must appear: modules of matrices, and kept tensors.
+        names: what must appear: modules of matrices, and kept tensors.
     """
     result = ReadBack(reader)
-    left = set(expected)
+    left = set(names)
     for item in found:
         left.discard(item.name)
         if isinstance(item, ReadTensor):
-            _compare_tensor(result, source.tensor(item.name), item)
+            expected = source.tensor(item.name) if item.expected is None else item.expected
+            _compare_tensor(result, expected, item)
         else:
             _compare_matrix(result, source.matrix(item.name), item)
     result.not_compared = sorted(left)

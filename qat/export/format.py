@@ -1,9 +1,9 @@
 """What a format is: what it loses, how it is written, how an outside reader reads it back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -49,6 +49,8 @@ class ReadTensor:
     """Name in the artifact."""
     values: Tensor
     """As stored."""
+    expected: Tensor | None = None
+    """What it is held against, where that is computed from the artifact and no tensor of it."""
 
 
 class Format(Protocol):
@@ -59,7 +61,7 @@ class Format(Protocol):
     suffix: str | None
     """Suffix of the one file that may be given as ``out`` (``.gguf``); None for directories."""
     use: str
-    """Markdown: how the output is loaded; stands in its model card."""
+    """Markdown: how the output is loaded; stands in its model card. Complete after `write`."""
 
     def losses(self, source: Source) -> Sequence[Loss]:
         """What cannot be carried exactly; empty for an exact export.
@@ -79,6 +81,14 @@ class Format(Protocol):
 
     def read(self, source: Source, directory: Path) -> Iterator[ReadMatrix | ReadTensor]:
         """What an independent reader finds in the output, under the artifact's names."""
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """A format whose output holds other names than the artifact's matrices and kept tensors."""
+
+    def expected(self, source: Source) -> Iterable[str]:
+        """Names that its `read` must give back."""
 
 
 def require(module: str, extra: str) -> Any:

@@ -16,7 +16,7 @@ from qat.artifact import MANIFEST, staged_directory, verify, write_manifest
 from qat.errors import UserError
 from qat.export.card import export_card
 from qat.export.compare import ReadBack, read_back
-from qat.export.format import Format, Loss
+from qat.export.format import Format, Loss, Selective
 from qat.export.source import Source
 from qat.fidelity import FidelityError
 from qat.tensor_files import read_json
@@ -127,8 +127,8 @@ def export(artifact: Path | str, options: ExportOptions) -> ExportReport:
             }
             handler.write(source, directory, notes)
             # whatever the source holds must be found again in the output
-            expected = [*source.matrices, *source.kept]
-            found = read_back(source, handler.read(source, directory), handler.reader, expected)
+            names = handler.expected(source) if isinstance(handler, Selective) else source.names
+            found = read_back(source, handler.read(source, directory), handler.reader, names)
             if not losses and not found.exact:
                 wrong = [*found.differences, *(f"{n}: not found" for n in found.not_compared)]
                 raise FidelityError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
 from torch import Tensor
 
 from qat.errors import UserError
@@ -144,7 +144,7 @@ class Source:
         return {name: self._info(name, parsed) for name in names}
 
     def _info(self, name: str, parsed: QuantizationConfig) -> MatrixInfo:
-        group = _group_of(name, parsed)
+        group = group_of(name, parsed)
         arguments = group.weights
         if arguments is None or arguments.type != "int":
             raise UserError(f"{name}: weights={arguments}; integer codes are expected")
@@ -152,7 +152,8 @@ class Source:
         spec = QuantSpec(
             bits=arguments.num_bits,
             symmetric=arguments.symmetric,
-            granularity=arguments.strategy.value,
+            # compressed-tensors keeps it as text or as its enumeration
+            granularity=QuantizationStrategy(arguments.strategy).value,
             # the grid is how scales were found; here they are given
             grid="absmax",
             **size,
@@ -171,6 +172,11 @@ class Source:
                 own.add(f"{info.name}.weight")
         return sorted(self.files.names() - own)
 
+    @property
+    def names(self) -> list[str]:
+        """Modules of the matrices, and kept tensors: all that an export must carry."""
+        return [*self.matrices, *self.kept]
+
     def tensor(self, name: str) -> Tensor:
         """One kept tensor, as stored."""
         return self.files.get(name)
@@ -187,23 +193,37 @@ class Source:
             UserError: a part of it is missing.
         """
         info = self.matrices[name]
-        spec = info.spec
         if info.packed:
-            n, k = self._part(name, "weight_shape").tolist()
-            codes = unpack(self._part(name, "weight_packed"), spec.bits, k)
+            codes = unpack(self._part(name, "weight_packed"), info.spec.bits, self.shape(name)[1])
         else:
             codes = self._part(name, "weight")
-            n, k = codes.shape
+        return Matrix(name, info.spec, codes, self.scale(name), self.zero_point(name))
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(N, K) of one quantized weight."""
+        if self.matrices[name].packed:
+            n, k = self._part(name, "weight_shape").tolist()
+        else:
+            n, k = self._part(name, "weight").shape
+        return n, k
+
+    def scale(self, name: str) -> Tensor:
+        """fp32 [N, G] (tensor: [1, 1]): the scales of one quantized weight."""
         scale = self._part(name, "weight_scale").to(torch.float32)
-        scale = scale.reshape(1, 1) if spec.granularity == "tensor" else scale.reshape(n, -1)
-        zero_point = None
-        if not spec.symmetric:
-            zero_point = self._part(name, "weight_zero_point")
-            if zero_point.dtype == torch.int32:
-                packed = zero_point.t().contiguous()
-                zero_point = unpack(packed, spec.bits, n).t().contiguous()
-            zero_point = zero_point.to(torch.int8).reshape(scale.shape)
-        return Matrix(name, spec, codes, scale, zero_point)
+        if self.matrices[name].spec.granularity == "tensor":
+            return scale.reshape(1, 1)
+        return scale.reshape(self.shape(name)[0], -1)
+
+    def zero_point(self, name: str) -> Tensor | None:
+        """int8, like `scale`: the zero points of one quantized weight; None where symmetric."""
+        spec = self.matrices[name].spec
+        if spec.symmetric:
+            return None
+        zero_point = self._part(name, "weight_zero_point")
+        if zero_point.dtype == torch.int32:
+            packed = zero_point.t().contiguous()
+            zero_point = unpack(packed, spec.bits, self.shape(name)[0]).t().contiguous()
+        return zero_point.to(torch.int8).reshape(self.scale(name).shape)
 
     def _part(self, name: str, part: str) -> Tensor:
         stored = f"{name}.{part}"
@@ -229,8 +249,16 @@ class Source:
         ]
 
 
-def _group_of(name: str, parsed: QuantizationConfig) -> Any:
-    """The config group of a layer: names and patterns before the class."""
+def group_of(name: str, parsed: QuantizationConfig) -> Any:
+    """The config group of a layer: names and patterns before the class.
+
+    Args:
+        name: of its module.
+        parsed: a `QuantizationConfig` of compressed-tensors.
+
+    Raises:
+        UserError: no group covers it.
+    """
     by_class = None
     for group in parsed.config_groups.values():
         for target in group.targets:
