@@ -1,11 +1,12 @@
 """Short model cards of what an adapter run writes beside its artifact."""
 
-from pathlib import Path
 from typing import Any
+
+from qat.provenance import is_hub_id, public_name
 
 
 def _front(library: str, base: str, relation: str, tags: list[str]) -> list[str]:
-    hub_id = base if base.count("/") == 1 and not Path(base).exists() else None
+    hub_id = base if is_hub_id(base) else None
     return [
         "---",
         f"library_name: {library}",
@@ -22,6 +23,12 @@ def _code(*lines: str) -> list[str]:
     return ["```python", *lines, "```", ""]
 
 
+_LOCAL_BASE = (
+    "PEFT finds the base by `base_model_name_or_path` in adapter_config.json, which is a directory "
+    "of the machine that trained: put the name of the base there before you publish this."
+)
+
+
 def adapter_card(base: str, facts: dict[str, Any], vocabulary: int | None) -> str:
     """README.md of ``adapter/``.
 
@@ -30,11 +37,12 @@ def adapter_card(base: str, facts: dict[str, Any], vocabulary: int | None) -> st
         facts: what ``base.json`` holds.
         vocabulary: entries that the base's vocabulary must be resized to, or None.
     """
+    local = [] if is_hub_id(base) else [_LOCAL_BASE, ""]
     resize = [] if vocabulary is None else [f"base.resize_token_embeddings({vocabulary})"]
     return "\n".join(
         [
             *_front("peft", base, "adapter", ["lora", "peft"]),
-            f"# LoRA adapter for {Path(base).name}",
+            f"# LoRA adapter for {public_name(base).rpartition('/')[2]}",
             "",
             "For the original 16-bit model. Do not merge it into a 4-bit base: rounding to the "
             "base's own codes swallows most of a small update. Quantize once from the original "
@@ -44,13 +52,14 @@ def adapter_card(base: str, facts: dict[str, Any], vocabulary: int | None) -> st
                 "from peft import PeftModel",
                 "from transformers import AutoModelForCausalLM",
                 "",
-                f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+                f'base = AutoModelForCausalLM.from_pretrained("{public_name(base)}")',
                 *resize,
                 'model = PeftModel.from_pretrained(base, ".")  # this directory',
             ),
             f"Trained on a base of sha256 `{facts['base_sha256']}`, held as "
             f"{_quantizer(facts['quantizer'])}; base.json has the same for programs.",
             "",
+            *local,
         ]
     )
 
@@ -60,7 +69,7 @@ def nf4_card(base: str, facts: dict[str, Any], caveat: str | None) -> str:
     return "\n".join(
         [
             *_front("transformers", base, "quantized", ["bitsandbytes", "qlora", "lora"]),
-            f"# {Path(base).name}: 4-bit base with its adapter, as trained",
+            f"# {public_name(base).rpartition('/')[2]}: 4-bit base with its adapter, as trained",
             "",
             f"The frozen base ({_quantizer(facts['quantizer'])}, sha256 "
             f"`{facts['base_sha256']}`) in bitsandbytes' serialization, and in `adapter/` the "
@@ -87,7 +96,7 @@ def merged_card(base: str, facts: dict[str, Any]) -> str:
     return "\n".join(
         [
             *_front("transformers", base, "finetune", ["lora"]),
-            f"# {Path(base).name} with its adapter merged",
+            f"# {public_name(base).rpartition('/')[2]} with its adapter merged",
             "",
             "The original weights with the adapter added in fp32, rounded once to "
             f"{facts['quantizer']['dtype']}.",

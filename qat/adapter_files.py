@@ -39,6 +39,7 @@ from qat.linear_4bit import Linear4bit
 from qat.lora import LoraLinear, MergedLinear
 from qat.original import OriginalWeights
 from qat.prepare import Coverage
+from qat.provenance import public_name
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base model."""
@@ -129,7 +130,7 @@ class AdapterFiles:
             for name, added in rows.items():
                 key = f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
                 tensors[key] = added.values.to(self.keep)
-        identity = {"base_model": self.original.model, **self.identity()}
+        identity = {"base_model": public_name(self.original.model), **self.identity()}
         if not on_original:
             identity["codes_sha256"] = codes_sha256(self.model)
         stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}

@@ -1,33 +1,19 @@
-"""``qat inspect``: what an artifact holds, read from JSON files and safetensors headers only."""
+"""``qat inspect``: what an artifact holds, read from JSON files, safetensors headers and scales."""
 
 import json
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qat.artifact_scales import plot_scales, scale_table
 from qat.errors import UserError
-from qat.safetensors_header import BITS, BrokenHeader, TensorEntry, read_header
+from qat.safetensors_header import BITS, TensorEntry
+from qat.stored_layers import Stored, aligned, raw_bytes, stored_layers, weight_spec
 
-PARTS = (
-    "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
-    "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale",
-    "weight", "bias",
-)  # fmt: skip
-"""Last components of the names that compressed-tensors writes for one layer."""
 COUNTED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale")
 """What bits per weight counts, beside `weight` where codes are stored unpacked."""
-BITSANDBYTES = re.compile(
-    r"(.+)\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state)"
-    r"(?:\.bitsandbytes__\w+)?"
-)
-"""Names that bitsandbytes writes beside the codes, which are ``weight``."""
-
-
-Stored = tuple[Path, TensorEntry]
-"""A tensor and the file that holds it."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +34,17 @@ class Row:
         return self.group != "-"
 
 
-def inspect(directory: Path, every_layer: bool = False) -> str:
+def inspect(directory: Path, every_layer: bool = False, plot: Path | None = None) -> str:
     """A readable summary of an artifact: architecture, scheme, layers, sizes.
 
     Args:
         directory: the artifact.
         every_layer: one row per layer instead of one per kind (numbers in names become ``*``).
+        plot: a PNG file to draw scales and codes into.
 
     Raises:
-        UserError: no ``config.json``, one that is not JSON, or a broken safetensors file.
+        UserError: no ``config.json``, one that is not JSON, a broken safetensors file, or a plot
+            that cannot be drawn or written.
     """
     config = _json(directory / "config.json", directory)
     quantization = config.get("quantization_config") or {}
@@ -68,8 +56,12 @@ def inspect(directory: Path, every_layer: bool = False) -> str:
     }
     lines = [f"{directory}", "", *_architecture(config), *_scheme(quantization), ""]
     lines += [*_table(rows, merge=not every_layer), "", *_totals(rows), ""]
+    lines += [*scale_table(directory, quantization)]
+    if plot is not None:
+        plot_scales(directory, quantization, plot)
+        lines += [f"plot: {plot}", ""]
     files = [*sizes.items(), ("total", sum(sizes.values()))]
-    lines += _aligned([(name, f"{size:,} bytes") for name, size in files])
+    lines += aligned([(name, f"{size:,} bytes") for name, size in files])
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -142,30 +134,12 @@ def _describe(what: str, args: dict[str, Any] | None) -> str:
 
 
 def _rows(directory: Path, quantization: dict[str, Any]) -> list[Row]:
-    """One row per layer, in the order of the files; the parts of one may lie in two shards."""
-    layers: dict[str, dict[str, Stored]] = {}
-    for path in sorted(directory.rglob("*.safetensors")):
-        try:
-            entries = read_header(path).tensors
-        except BrokenHeader as error:
-            raise UserError(f"{path}: {error}") from error
-        for entry in entries:
-            name, part = _layer_and_part(entry.name)
-            layers.setdefault(name, {})[part] = (path, entry)
-    return [_row(name, parts, quantization) for name, parts in layers.items()]
-
-
-def _layer_and_part(tensor: str) -> tuple[str, str]:
-    match = BITSANDBYTES.fullmatch(tensor)
-    if match:
-        return match[1], match[2]
-    prefix, _, part = tensor.rpartition(".")
-    return (prefix, part) if part in PARTS else (tensor, "weight")
+    return [_row(n, parts, quantization) for n, parts in stored_layers(directory).items()]
 
 
 def _row_4bit(name: str, parts: dict[str, Stored], total: int) -> Row:
     """A layer in bitsandbytes' serialization; its shape and block size lie in a JSON tensor."""
-    state = json.loads(_raw(*parts["quant_state"]))
+    state = json.loads(raw_bytes(*parts["quant_state"]))
     shape = tuple(state["shape"])
     counted = sum(
         parts[part][1].nbytes for part in ("weight", "absmax", "nested_absmax") if part in parts
@@ -181,7 +155,7 @@ def _row(name: str, parts: dict[str, Stored], quantization: dict[str, Any]) -> R
     _, codes = parts.get("weight_packed") or parts.get("weight") or next(iter(parts.values()))
     if "weight_scale" not in parts or codes is parts["weight_scale"][1]:
         return Row(name, codes.shape, codes.dtype, "-", codes.numel, 0, total)
-    spec = _weight_spec(name, quantization)
+    spec = weight_spec(name, quantization)
     shape = _int64s(*parts["weight_shape"]) if "weight_shape" in parts else codes.shape
     numel = math.prod(shape)
     # stored bits, from the sizes, where the configuration does not say
@@ -198,31 +172,11 @@ def _row(name: str, parts: dict[str, Stored], quantization: dict[str, Any]) -> R
     return Row(name, shape, f"{spec.get('type', 'int')}{bits}", group, numel, counted, total)
 
 
-def _raw(path: Path, entry: TensorEntry) -> bytes:
-    with path.open("rb") as file:
-        file.seek(entry.begin)
-        return file.read(entry.nbytes)
-
-
 def _int64s(path: Path, entry: TensorEntry) -> tuple[int, ...]:
-    raw = _raw(path, entry)
+    raw = raw_bytes(path, entry)
     width = BITS[entry.dtype] // 8
     cells = range(0, len(raw), width)
     return tuple(int.from_bytes(raw[i : i + width], "little") for i in cells)
-
-
-def _weight_spec(name: str, quantization: dict[str, Any]) -> dict[str, Any]:
-    """The weight arguments that compressed-tensors applies to a layer: names before classes."""
-    groups = list((quantization.get("config_groups") or {}).values())
-    by_class = None
-    for group in groups:
-        for target in group.get("targets") or []:
-            is_pattern = target.startswith("re:")
-            if target == name or (is_pattern and re.match(target[3:], name)):
-                return group.get("weights") or {}
-            if not is_pattern and "." not in target and by_class is None:
-                by_class = group.get("weights") or {}
-    return by_class or {}
 
 
 # --- printing ------------------------------------------------------------------------------------
@@ -239,7 +193,7 @@ def _table(rows: list[Row], merge: bool) -> list[str]:
         size = sum(row.nbytes for row in same)
         shown = " x ".join(map(str, shape)) or "scalar"
         cells.append((pattern, str(len(same)), shown, bits, group, f"{size:,}"))
-    return _aligned(cells)
+    return aligned(cells)
 
 
 def _totals(rows: list[Row]) -> list[str]:
@@ -252,12 +206,3 @@ def _totals(rows: list[Row]) -> list[str]:
         lines.append(f"quantized        {weights:,} ({weights / everything:.1%})")
         lines.append(f"bits per weight  {bits:.4f} (codes, scales and zero points)")
     return lines
-
-
-def _aligned(cells: Iterable[tuple[str, ...]]) -> list[str]:
-    table = list(cells)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
-        for row in table
-    ]

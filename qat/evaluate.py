@@ -7,7 +7,7 @@ positions at which both put the same token first.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from qat.loss import forward_logits
 from qat.packing import Batch
+from qat.slices import Slice, Slices
 
 REFERENCE_BYTES = 1 << 30
 """Logits of the original are kept in memory up to this size, and computed anew above it."""
@@ -52,6 +53,8 @@ class Quality:
     """Share of positions where both models put the same token first."""
     tokens: int
     """Target tokens measured."""
+    slices: dict[Slice, float] = field(default_factory=dict)
+    """Mean loss of each part of the targets, nats; empty where none were asked for."""
 
 
 class Reference:
@@ -77,7 +80,11 @@ class Reference:
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, batches: Sequence[Batch], reference: Reference | None, name: str
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    reference: Reference | None,
+    name: str,
+    slices: Slices | None = None,
 ) -> Quality:
     """Measure ``model`` in eval mode on ``batches``; its own dtype, no autocast.
 
@@ -86,17 +93,21 @@ def measure(
         batches: see `qat.module` for the fields.
         reference: the original model, or None.
         name: shown by the progress bar.
+        slices: the parts of the same batches whose losses are wanted too, or None.
     """
     model.eval()
     loss = kl = 0.0
     agree = tokens = 0
+    parts: Tensor | None = None
     for index, batch in enumerate(tqdm(batches, desc=f"evaluate {name}", delay=2, leave=False)):
         logits = forward_logits(model, batch).float()
         chosen = batch["labels"] != -100
         tokens += int(chosen.sum())
         logits = logits[chosen]
-        total = functional.cross_entropy(logits, batch["labels"][chosen], reduction="sum")
-        loss += float(total)
+        each = functional.cross_entropy(logits, batch["labels"][chosen], reduction="none")
+        loss += float(each.double().sum())
+        if slices is not None:
+            parts = slices.add(parts, each, batch)
         if reference is not None:
             original = reference.logits(index, batch)[chosen]
             agree += int((logits.argmax(-1) == original.argmax(-1)).sum())
@@ -117,4 +128,5 @@ def measure(
         kl_to_original=kl / tokens if reference else None,
         top1_agreement=agree / tokens if reference else None,
         tokens=tokens,
+        slices={} if slices is None or parts is None else slices.losses(parts),
     )

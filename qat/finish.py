@@ -6,38 +6,33 @@ anywhere in here leaves no artifact and does this part again when it is resumed.
 
 import gc
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from qat import runtime
-from qat.adapter_state import has_adapters
 from qat.artifact import staged_directory, write_manifest
 from qat.artifact_summary import bits_per_weight
-from qat.card import model_card
+from qat.card import CardFacts, model_card
 from qat.convert import write_checkpoint
 from qat.errors import UserError
 from qat.evaluate import Quality, Reference, measure
 from qat.fake_quant import set_enabled
 from qat.fidelity import FidelityError, check_logits, check_merged, compare
 from qat.generate import sample
-from qat.memory import Prediction
-from qat.memory_meter import MemoryMeter, peak_memory_bytes
+from qat.manifest import describe_files
 from qat.module import quantization_error
 from qat.packed_layers import Int8Linear, PackedLinear
-from qat.packing import Batch
-from qat.prepare import KEEP_DTYPES, Coverage, prepare
-from qat.report import Report, Row, environment, gain_kept, write_report
+from qat.prepare import KEEP_DTYPES
+from qat.provenance import base_metadata
+from qat.report import Report, Row, gain_kept, write_report
+from qat.result import Result
 from qat.scheme import Scheme, describe
-from qat.training import calibrate
-
-Load = Callable[[], PreTrainedModel]
+from qat.slices import Slices
 
 FINISH_PHASES = ("write", "convert", "check", "evaluate")
 """Phases after training; all others belong to it."""
@@ -45,126 +40,6 @@ FINISH_PHASES = ("write", "convert", "check", "evaluate")
 
 class GainError(RuntimeError):
     """The low-bit artifact keeps too little of what the training gained."""
-
-
-class Stopwatch:
-    """Seconds by phase, and with a meter the peak memory of each."""
-
-    def __init__(self, memory: MemoryMeter | None = None) -> None:
-        self.seconds: dict[str, float] = {}
-        self.memory = memory
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to ``name``."""
-        start = time.perf_counter()
-        try:
-            with nullcontext() if self.memory is None else self.memory.phase(name):
-                yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    @property
-    def peak(self) -> int:
-        """Peak memory, bytes: growth since the meter was made, else of the whole process."""
-        return peak_memory_bytes() if self.memory is None else self.memory.peak
-
-
-@dataclass(frozen=True)
-class AdapterResult:
-    """What an adapter run adds to its `Result`."""
-
-    trained_merged: bool
-    """Whether training ended in the merged form: then the artifact must equal it exactly."""
-    min_gain_kept: float | None
-    """Least share of the training's gain that the artifact must keep; None judges nothing."""
-    bits_per_weight: float
-    """Of the base's linear layers."""
-    size_bytes: int
-    """Base and adapter, as they are shipped together."""
-    load_nf4: Load | None
-    """Loads ``nf4/`` with plain transformers, bitsandbytes and PEFT, fp32; must equal trained."""
-    nf4_caveat: str | None
-    """Why that reader computes another model on this kind of machine, or None."""
-    load_merged: Load | None
-    """Loads ``merged/``, fp32."""
-    outputs: Sequence[str]
-    """Names of what was written beside the artifact."""
-    facts: dict[str, Any]
-    """For the report: rank, parameters, hash of the base."""
-
-
-@dataclass
-class Result:
-    """A trained model and everything that its report compares it with."""
-
-    run: Path
-    """Directory of the run."""
-    recipe: str
-    """Name of the recipe."""
-    model: str
-    """What the user gave as model."""
-    data: str
-    """What the user gave as data."""
-    config: dict[str, Any]
-    """Resolved configuration, for the manifest."""
-    trained: PreTrainedModel
-    """The prepared, trained model."""
-    coverage: Coverage
-    """Its coverage."""
-    scheme: Scheme
-    """Its scheme."""
-    tokenizer: PreTrainedTokenizerFast
-    """Saved with the artifact."""
-    load_original: Load
-    """Loads the model before training, fp32."""
-    load_finetuned: Load | None
-    """Loads the 16-bit fine-tune, fp32 values on the 16-bit grid; None if none was asked for."""
-    batches: Sequence[Batch]
-    """Held-out text."""
-    calibration: Sequence[Batch]
-    """Text that calibrates static ranges of the rounded baselines."""
-    data_fingerprint: str
-    """Identifies the training text."""
-    prompt: str
-    """Prompt of the sample."""
-    chat: bool = field(default=False, kw_only=True)
-    """Whether the prompt is a user's turn in the tokenizer's chat template."""
-    data_summary: dict[str, Any] | None = field(default=None, kw_only=True)
-    """What was read of instruction data, for the report."""
-    prediction: Prediction | None = field(default=None, kw_only=True)
-    """What was predicted of memory and disk."""
-    adapters: AdapterResult | None = None
-    """What there is to say of adapters; None for a model that was trained whole."""
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    """Time spent so far."""
-
-    def rounded(self, load: Load) -> PreTrainedModel:
-        """A baseline: what ``load`` gives, rounded by the same scheme without training."""
-        model = load()
-        if has_adapters(model):
-            set_enabled(model, True)  # merged, then rounded
-        else:
-            prepare(model, self.scheme)
-        calibrate(model, self.calibration)
-        return model.eval()
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Where the outputs come from, for their manifests."""
-        return {
-            "recipe": self.recipe,
-            "model": self.model,
-            "data": self.data,
-            "data_fingerprint": self.data_fingerprint,
-            "config": self.config,
-            "environment": environment(),
-        }
-
-    @property
-    def trained_is_artifact(self) -> bool:
-        """Whether the last step computed with the weights that are shipped."""
-        return self.adapters is None or self.adapters.trained_merged
 
 
 def finish(result: Result) -> Report:
@@ -236,15 +111,28 @@ def _memory(result: Result) -> dict[str, dict[str, int]]:
 
 def _describe(result: Result, report: Report, staging: Path) -> None:
     """Write model card and manifest; the card states the size of the whole, itself included."""
-    licence = getattr(result.trained.config, "license", None)
-    provenance = result.provenance
+    facts = CardFacts(
+        provenance=result.provenance,
+        metadata=_metadata(result),
+        chat_template=result.tokenizer.chat_template,
+        chat=result.chat,
+    )
+    known = describe_files(staging, skip=["README.md"])
     size = -1
     # twice as a rule: the size that the card states changes the card's length at most once
     while size != directory_bytes(staging):
         size = directory_bytes(staging)
         report.set_packed_size(size)
-        (staging / "README.md").write_text(model_card(report, licence), encoding="utf-8")
-        write_manifest(staging, provenance)
+        (staging / "README.md").write_text(model_card(report, facts), encoding="utf-8")
+        write_manifest(staging, result.provenance, known)
+
+
+def _metadata(result: Result) -> dict[str, Any]:
+    """Licence and language for the Hub, from the base model's card where it has one."""
+    found = base_metadata(result.base, result.model)
+    licence = getattr(result.trained.config, "license", None)
+    known = {"license": licence, "language": result.language}
+    return {key: value for key, value in known.items() if value} | found
 
 
 def scheme_name(scheme: Scheme) -> str:
@@ -271,6 +159,7 @@ class _Measurement:
         self.sample = ""
         original = result.load_original()
         self.reference = Reference(original, result.batches)
+        self.slices = Slices(result.batches)
         self.packed_bits = bits_per_weight(artifact)
         self.keep_dtype = KEEP_DTYPES[result.scheme.keep_dtype]
         weights = sum(p.numel() for p in original.parameters()) * self.keep_dtype.itemsize
@@ -281,7 +170,7 @@ class _Measurement:
         self._add_full("original", original)
 
     def _measure(self, name: str, model: PreTrainedModel) -> Quality:
-        return measure(model, self.result.batches, self.reference, name)
+        return measure(model, self.result.batches, self.reference, name, self.slices)
 
     def _add(self, name: str, model: PreTrainedModel, dtype: str = "fp32") -> None:
         """A row of something that has the artifact's layout."""

@@ -4,7 +4,6 @@ import json
 import math
 import platform
 import re
-import statistics
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch
 
 from qat.evaluate import Quality
 from qat.fidelity import Fidelity
-from qat.loggers import read_metrics
 from qat.prepare import Coverage
+from qat.slices import SliceRow, compare_slices
 
 ROWS = {
     "original": "the model before training",
@@ -29,6 +28,10 @@ ROWS = {
     "served": "as `qat generate` runs it",
 }
 """Row name → what it is, in the order of the table."""
+
+
+FIGURES = ("loss", "perplexity", "kl_to_original", "top1_agreement", "tokens")
+"""What report.json says of the quality of a row."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Report:
             "data": self.data,
             "scheme": self.scheme,
             "rows": {
-                name: asdict(row.quality)
+                name: {key: getattr(row.quality, key) for key in FIGURES}
                 | {
                     "bits_per_weight": row.bits_per_weight,
                     "size_bytes": row.size_bytes,
@@ -122,6 +125,7 @@ class Report:
                 }
                 for name, row in self.rows.items()
             },
+            "slices": [asdict(part) for part in slice_rows(self)],
             "recovered": self.recovered,
             "fidelity": asdict(self.fidelity) | ({"outputs": self.outputs} if self.outputs else {}),
             "coverage": [asdict(entry) for entry in self.coverage.entries],
@@ -156,6 +160,41 @@ def gain_kept(rows: dict[str, Row]) -> float | None:
     return (original - artifact) / (original - trained) if trained < original else None
 
 
+def slice_rows(report: Report) -> list[SliceRow]:
+    """The parts of the held-out text, those in which the artifact lost most first."""
+    losses = {name: row.quality.slices for name, row in report.rows.items()}
+    return compare_slices(losses, _shipped(report), _against(report))
+
+
+def _shipped(report: Report) -> str | None:
+    """Name of the row that stands for the artifact: as served, where it was not reloaded."""
+    return next((name for name in ("artifact", "served") if name in report.rows), None)
+
+
+def _against(report: Report) -> str | None:
+    """The same training without the artifact's low bits: in 16 bit, else before the merge."""
+    if "finetuned" in report.rows:
+        return "finetuned"
+    return "trained" if "trained" in report.rows.keys() - report.packed else None
+
+
+def slice_table(report: Report) -> str:
+    """`slice_rows` as a Markdown table."""
+    against = _against(report)
+    wanted = ("original", against, _shipped(report))
+    names = [name for name in wanted if name is not None and name in report.rows]
+    head = ["part of the held-out text", "targets", *(f"`{n}`" for n in names), "change"]
+    head += ["low bits"] if against else []
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in slice_rows(report):
+        cells = [row.slice, f"{row.tokens:,}"]
+        cells += [f"{row.loss[name]:.4f}" if name in row.loss else "" for name in names]
+        changes = [row.change, row.low_bits][: 2 if against else 1]
+        cells += ["" if change is None else f"{change:+.4f}" for change in changes]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
@@ -170,7 +209,7 @@ def environment() -> dict[str, Any]:
     """Versions, hardware and threads."""
     packages = (
         *("torch", "lightning", "transformers", "compressed-tensors", "peft", "bitsandbytes"),
-        *("accelerate", "liger-kernel", "qat-lightning"),
+        *("accelerate", "safetensors", "tokenizers", "triton", "liger-kernel", "qat-lightning"),
     )
     versions = {}
     for package in packages:
@@ -183,10 +222,21 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
     }
+
+
+def _cpu_name() -> str | None:
+    """Model of the processor, where the system tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or None
+    match = re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)
+    return match[1] if match else None
 
 
 def table(report: Report) -> str:
@@ -240,7 +290,10 @@ def verdict(report: Report) -> str:
 
 def write_report(report: Report, run: Path) -> None:
     """Write plots, report.md and, last, report.json (whose presence marks a finished run)."""
-    plots = _plots(report, run)
+    # imported here: it imports this module
+    from qat.report_plots import draw
+
+    plots = draw(report, run)
     body = [
         f"# {report.recipe}: {report.model}",
         "",
@@ -250,6 +303,7 @@ def write_report(report: Report, run: Path) -> None:
         "",
         table(report),
         "",
+        *_slice_lines(report),
         *[f"![{title}]({name})\n" for name, title in plots.items()],
         "## Sample",
         "",
@@ -281,6 +335,12 @@ def write_report(report: Report, run: Path) -> None:
     temporary.rename(run / "report.json")
 
 
+def _slice_lines(report: Report) -> list[str]:
+    if not slice_rows(report):
+        return []
+    return ["## Loss by part of the held-out text", "", slice_table(report), ""]
+
+
 def _adapter_lines(report: Report) -> list[str]:
     """Sections of an adapter run: what was trained, on which rows."""
     lines = []
@@ -305,113 +365,3 @@ def _adapter_lines(report: Report) -> list[str]:
 def _quoted(sample: dict[str, str]) -> list[str]:
     lines = f"**{sample['prompt']}**{sample['continuation']}".splitlines() or [""]
     return [f"> {line}" for line in lines]
-
-
-def _plots(report: Report, run: Path) -> dict[str, str]:
-    """Draw the plots; file name → title."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plots = {
-        "loss.png": ("Loss during training", _draw_loss),
-        "quantization_error.png": ("Relative quantization error by layer", _draw_error),
-        "size.png": ("Loss on held-out text and size", _draw_size),
-    }
-    for name, (title, draw) in plots.items():
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        axes.set_title(title, loc="left")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        draw(axes, report, run)
-        figure.savefig(run / name, dpi=120)
-        plt.close(figure)
-    return {name: title for name, (title, _) in plots.items()}
-
-
-def _draw_loss(axes: Any, report: Report, run: Path) -> None:
-    rows = read_metrics(run / "metrics.csv")
-    for phase in dict.fromkeys(row[0] for row in rows):
-        points = [(step, value) for p, step, m, value in rows if (p, m) == (phase, "train_loss")]
-        if not points:
-            continue
-        # a running mean over about a twentieth of the run; raw losses of single batches are noise
-        window = max(1, len(points) // 20)
-        means = [
-            statistics.fmean(value for _, value in points[max(0, i - window + 1) : i + 1])
-            for i in range(len(points))
-        ]
-        (line,) = axes.plot([s for s, _ in points], means, alpha=0.5, label=f"{phase}: training")
-        valid = [(step, value) for p, step, m, value in rows if (p, m) == (phase, "val_loss")]
-        if valid:
-            style = {"color": line.get_color(), "markersize": 4}
-            axes.plot(*zip(*valid), "o-", label=f"{phase}: validation", **style)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats per token")
-    if axes.lines:
-        axes.legend()
-
-
-def _draw_error(axes: Any, report: Report, run: Path) -> None:
-    """One colour for each kind of matrix, over the layers; before training hollow and dashed."""
-    kinds: dict[str, list[tuple[int, float, float]]] = {}
-    for name, error in report.quantization_error.items():
-        match = re.fullmatch(r".*?\.(\d+)\.(.*?)(?:\.weight)?", name)
-        layer, kind = (int(match[1]), match[2]) if match else (0, name.removesuffix(".weight"))
-        before = report.quantization_error_ptq.get(name, math.nan)
-        kinds.setdefault(kind, []).append((layer, error, before))
-    for kind, points in kinds.items():
-        layers, errors, before_all = zip(*sorted(points))
-        (line,) = axes.plot(layers, errors, "o-", markersize=4, label=kind)
-        style = {"color": line.get_color(), "fillstyle": "none", "linewidth": 0.8}
-        axes.plot(layers, before_all, "s--", markersize=7, **style)
-    gray = {"color": "gray", "fillstyle": "none"}
-    axes.plot([], [], "o-", markersize=4, color="gray", label="trained")
-    axes.plot([], [], "s--", markersize=7, linewidth=0.8, label="original, rounded", **gray)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("||w - ŵ|| / ||w||")
-    axes.margins(x=0.1, y=0.1)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
-
-
-def _draw_size(axes: Any, report: Report, run: Path) -> None:
-    """A point for each row; labels beside it, moved apart where points lie close."""
-    points = sorted(
-        (row.size_bytes / 1e6, row.quality.loss, name)
-        for name, row in report.rows.items()
-        # trained and artifact are one point
-        if row.size_bytes and math.isfinite(row.quality.loss) and name != "trained"
-    )
-    axes.set_xlabel("size, MB")
-    axes.set_ylabel("loss, nats per token")
-    if not points:
-        return
-    losses = [loss for _, loss, _ in points]
-    step = 0.07 * ((max(losses) - min(losses)) or abs(losses[0]) or 1.0)
-    width = points[-1][0]
-    bottom, top = min(losses), max(losses)
-    placed: list[tuple[float, float]] = []
-    for size, loss, name in points:
-        height = loss
-        # a label keeps its distance from those below it and from longer ones to its left
-        while any(abs(size - x) < 0.3 * width and abs(height - y) < step for x, y in placed):
-            height += step / 4
-        placed.append((size, height))
-        top = max(top, height)
-        is_artifact = name == "artifact"
-        color = "tab:orange" if is_artifact else "tab:blue"
-        axes.plot(size, loss, "o", color=color, zorder=3 if is_artifact else 2)
-        axes.annotate(
-            f"{name}  {loss:.4f}",
-            (size, loss),
-            xytext=(size + 0.03 * width, height),
-            va="center",
-            fontsize="small",
-            fontweight="bold" if is_artifact else "normal",
-            arrowprops={"arrowstyle": "-", "color": "gray", "linewidth": 0.6, "relpos": (0, 0.5)},
-        )
-    axes.set_xlim(0, 1.3 * width)
-    axes.set_ylim(bottom - 2 * step, top + 2 * step)

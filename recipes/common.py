@@ -8,19 +8,23 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from data.chat import DEMO
 from data.demo import model_path
 from data.module import TextDataModule
 from qat.chat_config import ChatConfig
-from qat.config import to_yaml
+from qat.config import load, to_yaml
 from qat.errors import resumable
-from qat.finish import Result, Stopwatch, finish
+from qat.finish import finish
 from qat.loggers import Loggers
 from qat.memory import RunPlan
 from qat.models import load_model
 from qat.module import CausalLMModule, Timing
 from qat.prepare import Coverage
+from qat.provenance import command_line, git_state, public_config
 from qat.report import table, verdict
+from qat.result import Result, Stopwatch
 from qat.rundir import run_directory
+from recipes import CONFIGS, find
 from recipes.config import FinetuneConfig, RunConfig
 
 
@@ -28,6 +32,7 @@ from recipes.config import FinetuneConfig, RunConfig
 def own_directory(config: RunConfig) -> Iterator[Path]:
     """The run's directory for a block; what ends the block early says how to continue."""
     text = to_yaml(config)
+    git_state()  # now, since the checkout may move on while the run lasts
     with run_directory(config.output_dir, config.resume, config.recipe, text) as directory:
         again = f"python train.py recipe={config.recipe} resume={directory}"
         with resumable(directory, again):
@@ -106,6 +111,7 @@ def new_result(
 ) -> Result:
     """The result of a run, but for what its recipe knows: baselines, calibration, predictions."""
     evaluate = config.evaluate
+    base = Path(model_path(config.model)).expanduser()
     return Result(
         run=directory,
         recipe=config.recipe,
@@ -124,8 +130,31 @@ def new_result(
         prompt=config.prompt,
         chat=data.chat is not None,
         data_summary=data.chat_summary(),
+        data_class=data_class(config, data),
+        base=base if base.is_dir() else None,
+        # of the built-in model; of others their card may say it
+        language="en" if config.model == DEMO else None,
+        command=command(config),
         watch=watch,
     )
+
+
+def data_class(config: RunConfig, data: TextDataModule) -> str:
+    """What kind of text a run trains on, in words for the model card."""
+    if config.data == DEMO:
+        kind = "questions about" if data.chat else "documentation of"
+        return f"built-in demo set: {kind} the Python standard library, in English"
+    summary = data.chat_summary()
+    if summary is None:
+        return "plain text, given by the user as a file"
+    return f"conversations ({summary['format']}), given by the user as a file"
+
+
+def command(config: RunConfig) -> str:
+    """The command that makes a run again, without local paths."""
+    recipe = find(config.recipe)
+    usual = load(recipe.schema(), [], [recipe.config_file], CONFIGS)
+    return command_line(public_config(asdict(config)), public_config(asdict(usual)))
 
 
 def finish_run(result: Result, loggers: Loggers) -> None:

@@ -23,10 +23,10 @@ from qat.artifact import staged_directory
 from qat.config import to_yaml
 from qat.errors import UserError
 from qat.evaluate import Quality, measure
-from qat.finish import Stopwatch
 from qat.loggers import Loggers, read_metrics
 from qat.packing import batches
 from qat.report import environment
+from qat.result import Stopwatch
 from qat.scheme import Scheme
 from qat.training import fit
 from recipes.common import new_data, new_module, own_directory

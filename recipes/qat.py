@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from data.demo import model_path
 from qat.compressed_tensors import layout
 from qat.config import to_yaml
-from qat.finish import Stopwatch
 from qat.loggers import Loggers
 from qat.memory import Prediction, predict
 from qat.memory_advice import advised
@@ -18,6 +17,7 @@ from qat.memory_meter import MemoryMeter, release
 from qat.models import load_config, load_model, load_tokenizer, meta_model
 from qat.packing import check_packing
 from qat.prepare import KEEP_DTYPES, Coverage, prepare
+from qat.result import Stopwatch
 from qat.rundir import is_rank_zero
 from qat.training import calibrate, fit
 from recipes.common import (

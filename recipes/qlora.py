@@ -16,13 +16,13 @@ from qat.compressed_tensors import layout
 from qat.config import to_yaml
 from qat.fake_quant import set_enabled
 from qat.fidelity import reload
-from qat.finish import AdapterResult, Result, Stopwatch
 from qat.loggers import Loggers
 from qat.memory import Prediction, predict
 from qat.memory_advice import advised
 from qat.memory_meter import MemoryMeter, release
 from qat.packing import check_packing
 from qat.prepare import Coverage
+from qat.result import AdapterResult, Result, Stopwatch
 from qat.rundir import is_rank_zero
 from qat.training import calibrate, fit
 from recipes.adapter_parts import Parts

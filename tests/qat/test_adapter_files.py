@@ -194,7 +194,7 @@ def test_configuration_and_identity(tmp_path):
         assert text.replace(str(tmp_path / "model"), "").count(str(tmp_path)) == 0
         identity = json.loads((path / "base.json").read_text())
         assert identity["base_sha256"] == files.base_sha256 == base_sha256(files.model)
-        assert identity["base_model"] == str(tmp_path / "model")
+        assert identity["base_model"] == "model"
         quantizer = {"quant_type": "nf4", "block_size": 32, "double_quant": True}
         assert identity["quantizer"] == {"dtype": "bfloat16", **quantizer}
         assert len(AutoTokenizer.from_pretrained(path)) == VOCAB

@@ -1,5 +1,4 @@
 import errno
-import hashlib
 import json
 import os
 import subprocess
@@ -9,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qat import artifact, bitsandbytes_format, cli
-from qat.artifact import inspect, staged_directory, verify, write_manifest
+from qat import bitsandbytes_format, cli
+from qat.artifact import inspect, staged_directory, write_manifest
+from qat.artifact_scales import _kinds
 from qat.artifact_summary import bits_per_weight
 from qat.errors import UserError
 from qat.linear_4bit import Linear4bit
-from qat.safetensors_header import BrokenHeader, read_header
 from qat_kernels.nf4 import Spec4bit
 
 
@@ -150,7 +149,7 @@ def test_crash_between_the_two_renames_is_repaired(tmp_path, final_exists):
     assert names(tmp_path / "artifact") == (["new"] if final_exists else ["old"])
 
 
-# --- manifest and verify -------------------------------------------------------------------------
+# --- inspect -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -188,215 +187,6 @@ def made(tmp_path):
     (directory / "sub" / "note.txt").write_text("hello")
     write_manifest(directory, {"seed": 3, "versions": {"torch": "x"}})
     return directory
-
-
-def read_manifest(directory):
-    return json.loads((directory / "manifest.json").read_text())
-
-
-def edit_manifest(directory, change):
-    manifest = read_manifest(directory)
-    change(manifest)
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-
-
-def found(directory, **kwargs):
-    return [(p.kind, p.file, p.tensor) for p in verify(directory, **kwargs)]
-
-
-def overwrite(path, offset, data):
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-
-
-def test_manifest_content(made):
-    manifest = read_manifest(made)
-    assert manifest["format"] == 1
-    assert manifest["provenance"] == {"seed": 3, "versions": {"torch": "x"}}
-    assert sorted(manifest["files"]) == ["config.json", "model.safetensors", "sub/note.txt"]
-    assert manifest["files"]["sub/note.txt"] == {
-        "sha256": hashlib.sha256(b"hello").hexdigest(),
-        "size": 5,
-    }
-    entry = manifest["files"]["model.safetensors"]
-    whole = (made / "model.safetensors").read_bytes()
-    assert entry["sha256"] == hashlib.sha256(whole).hexdigest()
-    assert len(entry["tensors"]) == 7
-    expected = torch.full((4, 8), 1, dtype=torch.int32).numpy().tobytes()
-    name = "model.layers.1.proj.weight_packed"
-    assert entry["tensors"][name] == hashlib.sha256(expected).hexdigest()
-
-
-def test_whole_artifact_verifies(made):
-    assert verify(made) == []
-    assert verify(made, hashes=False) == []
-
-
-def test_chunks_do_not_change_hashes(made, monkeypatch):
-    before = read_manifest(made)
-    monkeypatch.setattr(artifact, "CHUNK", 7)
-    (made / "manifest.json").unlink()
-    write_manifest(made, before["provenance"])
-    assert read_manifest(made) == before
-    assert verify(made) == []
-
-
-def test_missing_extra_and_size(made):
-    (made / "sub" / "note.txt").unlink()
-    (made / "more.txt").write_text("x")
-    (made / "config.json").write_text("{}")
-    assert found(made) == [
-        ("extra", "more.txt", None),
-        ("size", "config.json", None),
-        ("missing", "sub/note.txt", None),
-    ]
-
-
-def test_files_that_a_download_adds_are_not_extra(made):
-    (made / ".gitattributes").write_text("x")
-    (made / ".cache" / "huggingface").mkdir(parents=True)
-    (made / ".cache" / "huggingface" / "a.lock").write_text("")
-    assert verify(made) == []
-
-
-def test_linked_directory_is_seen(made, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (made / "code").symlink_to(tmp_path / "elsewhere")
-    assert found(made) == [("extra", "code", None)]
-
-
-def test_linked_file_counts_as_its_content(made, tmp_path):
-    (made / "config.json").rename(tmp_path / "blob")
-    (made / "config.json").symlink_to(tmp_path / "blob")
-    assert verify(made) == []
-
-
-def test_changed_byte_names_the_tensor_and_its_range(made):
-    path = made / "model.safetensors"
-    name = "model.layers.1.proj.weight_scale"
-    entry = next(t for t in read_header(path).tensors if t.name == name)
-    overwrite(path, entry.begin + 3, b"\x7f")
-    (problem,) = verify(made)
-    assert (problem.kind, problem.tensor) == ("content", name)
-    assert str(problem) == (
-        f"model.safetensors: sha256 of tensor {name} differs "
-        f"(bytes {entry.begin} to {entry.begin + 16} of the file)"
-    )
-    assert verify(made, hashes=False) == []
-
-
-def test_changed_text_file(made):
-    (made / "sub" / "note.txt").write_text("hellO")
-    (problem,) = verify(made)
-    assert str(problem) == "sub/note.txt: sha256 differs, 5 bytes"
-
-
-def test_changed_header(made):
-    path = made / "model.safetensors"
-    offset = path.read_bytes().index(b'"pt"')
-    overwrite(path, offset, b'"tf"')
-    (problem,) = verify(made)
-    assert str(problem) == "model.safetensors: sha256 differs in the header"
-
-
-def test_renamed_tensor(made):
-    path = made / "model.safetensors"
-    overwrite(path, path.read_bytes().index(b"model.embed"), b"model.embad")
-    assert found(made) == [
-        ("content", "model.safetensors", "model.embad.weight"),
-        ("content", "model.safetensors", "model.embed.weight"),
-    ]
-
-
-def test_truncated_safetensors(made):
-    path = made / "model.safetensors"
-    size = path.stat().st_size
-    last = read_header(path).tensors[-1]
-    os.truncate(path, size - 1)
-    problems = verify(made)
-    assert [p.kind for p in problems] == ["size", "header"]
-    assert str(problems[1]) == (
-        f"model.safetensors: truncated in tensor {last.name} "
-        f"(bytes {last.begin} to {size} of the file)"
-    )
-    os.truncate(path, 20)
-    assert [p.kind for p in verify(made, hashes=False)] == ["size", "header"]
-    assert "truncated: the header should take" in str(verify(made)[1])
-    os.truncate(path, 3)
-    assert str(verify(made)[1]).endswith("not a safetensors file: no plausible header length")
-
-
-def test_bytes_after_the_last_tensor(made):
-    path = made / "model.safetensors"
-    with path.open("ab") as file:
-        file.write(b"abc")
-    assert [str(p) for p in verify(made)][1] == "model.safetensors: 3 bytes after the last tensor"
-
-
-@pytest.mark.parametrize(
-    "name", ["../up.txt", "/etc/hosts", "a/../../b", "C:\\x", "\\x", "a\\..\\..\\b", "", "C:x"]
-)
-def test_unsafe_names_are_not_opened(made, name):
-    edit_manifest(made, lambda m: m["files"].update({name: {"sha256": "0", "size": 1}}))
-    assert found(made) == [("unsafe", name, None)]
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "a.pt", "sub/x.pkl", "y.ckpt"])
-def test_pickles_are_refused(made, name):
-    (made / name).write_bytes(b"x")
-    assert found(made) == [("pickle", name, None)]
-    listed = {"sha256": hashlib.sha256(b"x").hexdigest(), "size": 1}
-    edit_manifest(made, lambda m: m["files"].update({name: listed}))
-    assert found(made) == [("pickle", name, None)]
-    with pytest.raises(ValueError, match="holds no pickle files"):
-        write_manifest(made, {})
-
-
-@pytest.mark.parametrize(
-    ("text", "detail"),
-    [
-        ("{", "cannot be read: "),
-        ("[]", "cannot be read: no table of files"),
-        ('{"format": 2, "files": {}}', "cannot be read: format 2 is unknown, 1 is expected"),
-        (
-            '{"format": 1, "files": {"a": {"size": 1}}}',
-            "cannot be read: the entry of 'a' lacks size or sha256",
-        ),
-    ],
-)
-def test_broken_manifest(made, text, detail):
-    (made / "manifest.json").write_text(text)
-    (problem,) = verify(made)
-    assert problem.kind == "manifest"
-    assert str(problem).startswith(f"manifest.json: {detail}")
-
-
-def test_not_an_artifact(tmp_path):
-    with pytest.raises(UserError, match=r"not an artifact, it has no manifest\.json"):
-        verify(tmp_path)
-    with pytest.raises(UserError, match="no such directory"):
-        verify(tmp_path / "x")
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"nonsense",
-        b'{"a": 3}',
-        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
-        b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}}',
-        b'{"a": {"dtype": "U8", "shape": [2]}}',
-    ],
-)
-def test_invalid_headers(tmp_path, header):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(BrokenHeader, match="header is not valid"):
-        read_header(path)
-
-
-# --- inspect and the commands --------------------------------------------------------------------
 
 
 def test_inspect(made):
@@ -474,21 +264,6 @@ def test_specs_by_name_win_over_specs_by_class(made):
     assert ["model.layers.*.proj", "1", "4", "x", "64", "int3", "32", "160"] in cells
 
 
-def test_verify_command(made, capsys):
-    assert cli.main(["verify", str(made)]) == 0
-    assert capsys.readouterr().out == f"{made}: every file is as the manifest says\n"
-    (made / "sub" / "note.txt").write_text("hellO")
-    assert cli.main(["verify", str(made), "hashes=false"]) == 0
-    capsys.readouterr()
-    assert cli.main(["verify", str(made)]) == 1
-    assert capsys.readouterr().err == (
-        f"sub/note.txt: sha256 differs, 5 bytes\n{made}: 1 problem(s)\n"
-    )
-    (made / "manifest.json").unlink()
-    assert cli.main(["verify", str(made)]) == 2
-    assert capsys.readouterr().err == f"error: {made}: not an artifact, it has no manifest.json\n"
-
-
 def test_inspect_command(made, capsys):
     assert cli.main(["inspect", str(made)]) == 0
     assert capsys.readouterr().out == inspect(made) + "\n"
@@ -503,8 +278,124 @@ def test_inspect_reads_bitsandbytes_serialization(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
     lines = inspect(tmp_path).splitlines()
     assert any(line.startswith("scheme") and "bitsandbytes, format nf4" in line for line in lines)
-    rows = [line.split() for line in lines if "up_proj" in line]
+    rows = [line.split() for line in lines if "model.layers" in line]
     assert len(rows) == 1, "its helper tensors have no rows of their own"
     assert rows[0][:7] == ["model.layers.*.up_proj", "1", "128", "x", "256", "nf4", "64"]
     # codes, one byte for each of 512 blocks, and fp32 for each 256 of them
     assert bits_per_weight(tmp_path) == 4 + (512 + 2 * 4) * 8 / (128 * 256)
+
+
+# --- scales and codes ----------------------------------------------------------------------------
+
+
+def scale_rows(directory):
+    """Kind → cells of the table of scales."""
+    lines = inspect(directory).splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("scales "))
+    rows = [line.split() for line in lines[begin + 1 :]]
+    return {row[0]: row[1:] for row in rows[: rows.index([])]}
+
+
+def test_table_of_scales(made):
+    tensors = load_file(made / "model.safetensors")
+    scale = torch.tensor([[1.0, -2.0], [0.5, -0.25], [4.0, 1.0], [1.0, 1.0]])
+    tensors["model.layers.0.proj.weight_scale"] = scale.bfloat16()
+    save_file(tensors, made / "model.safetensors")
+    # with layer 1, whose 8 scales are one
+    assert scale_rows(made) == {"proj": ["(int4)", "16", "0.25", "1", "4", "12.5%"]}
+
+
+def test_scales_of_several_types(made):
+    tensors = load_file(made / "model.safetensors")
+    tensors["a.weight"] = torch.zeros(4, 6, dtype=torch.int8)
+    tensors["a.weight_scale"] = torch.tensor([[3.0]])
+    save_file(tensors, made / "model.safetensors")
+    config = json.loads((made / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_1"] = {
+        "targets": ["a"],
+        "weights": {"num_bits": 8, "type": "int"},
+    }
+    (made / "config.json").write_text(json.dumps(config))
+    assert scale_rows(made)["a"] == ["(int8)", "1", "3", "3", "3", "0.0%"]
+    (kinds,) = [_kinds(made, config["quantization_config"], codes=True)]
+    counts = {kind.name: kind.codes for kind in kinds}
+    assert counts["a"].tolist() == [0] * 128 + [24] + [0] * 127
+    # words of zeros hold codes of -8; a word of one holds -7 and seven of -8
+    assert counts["proj"].tolist() == [256 + 32 * 7, 32] + [0] * 14
+
+
+def test_double_quantization_is_undone(tmp_path):
+    torch.manual_seed(0)
+    weight = torch.randn(128, 256)
+    layer = Linear4bit.from_weight(weight, Spec4bit(), torch.float32)
+    tensors = bitsandbytes_format.tensors("model.layers.0.up_proj", layer)
+    save_file(tensors, tmp_path / "model.safetensors")
+    section = bitsandbytes_format.quantization_config(Spec4bit(), torch.bfloat16, [])
+    (kind,) = _kinds(tmp_path, section, codes=True)
+    found = torch.from_numpy(kind.scales[0])
+    expected = dequantize_absmax(layer.packed)
+    assert torch.equal(found, expected.reshape(-1))
+    assert kind.type == "nf4"
+    assert kind.codes.sum() == weight.numel()
+    high, low = layer.packed.codes >> 4, layer.packed.codes & 15
+    codes = torch.stack([high, low], -1).reshape(-1).long()
+    assert kind.codes.tolist() == torch.bincount(codes, minlength=16).tolist()
+
+
+def dequantize_absmax(packed):
+    """By bitsandbytes itself."""
+    import bitsandbytes.functional as reader
+
+    from qat_kernels.nf4 import NESTED_BLOCK, dynamic_map
+
+    state = reader.QuantState(
+        absmax=packed.nested_absmax,
+        code=dynamic_map(torch.device("cpu")),
+        blocksize=NESTED_BLOCK,
+        dtype=torch.float32,
+    )
+    return reader.dequantize_blockwise(packed.absmax, state) + packed.offset
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4", "mixed"])
+def test_plot_of_scales(made, tmp_path, capsys, kind):
+    from matplotlib import image
+
+    if kind == "nf4":
+        layer = Linear4bit.from_weight(torch.randn(128, 256), Spec4bit(), torch.float32)
+        tensors = bitsandbytes_format.tensors("model.layers.0.up_proj", layer)
+        save_file(tensors, made / "model.safetensors")
+    elif kind == "mixed":
+        tensors = load_file(made / "model.safetensors")
+        tensors["a.weight"] = torch.arange(64, dtype=torch.int8).reshape(8, 8)
+        tensors["a.weight_scale"] = torch.ones(8, 1)
+        save_file(tensors, made / "model.safetensors")
+        assert cli.main(["inspect", str(made), f"plot={tmp_path / 'scales.png'}"]) == 2
+        assert "a has codes outside -8 ... 7" in capsys.readouterr().err
+        config = json.loads((made / "config.json").read_text())
+        eight = {"targets": ["a"], "weights": {"num_bits": 8, "type": "int"}}
+        config["quantization_config"]["config_groups"]["group_1"] = eight
+        (made / "config.json").write_text(json.dumps(config))
+    target = tmp_path / "scales.png"
+    assert cli.main(["inspect", str(made), f"plot={target}"]) == 0
+    pixels = image.imread(target)
+    assert pixels.shape[:2] == (576, 1440)
+    for half in (pixels[:, :720], pixels[:, 720:]):
+        # colours of lines or bars, which axes and letters do not have
+        colour = half[..., :3].max(-1) - half[..., :3].min(-1) > 0.2
+        assert colour.sum() > 200
+    assert not list(tmp_path.glob(".scales*"))
+
+
+def test_plots_that_cannot_be(made, tmp_path, capsys):
+    def refused(plot, artifact=made):
+        assert cli.main(["inspect", str(artifact), f"plot={plot}"]) == 2
+        return capsys.readouterr().err
+
+    (tmp_path / "there.png").write_text("x")
+    assert "exists already" in refused(tmp_path / "there.png")
+    assert "ending in .png" in refused(tmp_path / "x.pdf")
+    assert "create it first" in refused(tmp_path / "no" / "x.png")
+    save_file({"a.weight": torch.ones(2, 2)}, made / "model.safetensors")
+    assert "no quantized matrix" in refused(tmp_path / "x.png")
+    assert (tmp_path / "there.png").read_text() == "x"

@@ -722,8 +722,13 @@ def artifact(tmp_path):
         (["verify"], "error: ARTIFACT is missing; usage: qat verify ARTIFACT [key=value ...]\n"),
         (["verify", "A", "B"], "error: 'B' is one word too many (quote the text?); usage: qat "),
         (["verify", "A", "hash=1"], "error: unknown key 'hash'. Did you mean 'hashes'? "),
-        (["verify", "A", "--hashes=false"], "error: --hashes=false: options have no dashes, "),
-        (["verify", "A"], "error: A: not an artifact, it has no manifest.json\n"),
+        (["verify", "A", "-hashes=false"], "error: -hashes=false: options have no dashes, "),
+        (["verify", "A", "--hash"], "error: unknown key 'hash'. Did you mean 'hashes'? "),
+        (["verify", "A", "--hashes=1"], "error: hashes=1: must be true | false"),
+        (["generate", "A", "x", "--seed"], "error: --seed: its value is missing; write seed=VALUE"),
+        (["generate", "A", "x", "--seed", "--chat"], "error: --seed: its value is missing; "),
+        (["generate", "A", "x", "--seed", "1", "seed=2"], "error: seed is given twice: "),
+        (["verify", "A"], "error: A: not an artifact, it has no manifest.json.\n"),
         (["inspect", "A/x"], "error: A/x: no such directory; give the artifact/ of a finished "),
         (["generate", "A"], "error: PROMPT is missing; usage: qat generate ARTIFACT PROMPT "),
         (
@@ -760,3 +765,37 @@ def test_generate_words(artifact, monkeypatch):
     assert cli.main(["generate", str(artifact), "a = b", "count=3"]) == 0
     assert cli.main(["generate", "count=2", str(artifact), "--", "--help=x=1"]) == 0
     assert seen == [(artifact, "a = b", Options(3)), (artifact, "--help=x=1", Options(2))]
+
+
+def test_dashes_are_another_way_of_writing_options(artifact, monkeypatch):
+    @dataclass(frozen=True)
+    class Options:
+        count: int = 1
+        """How many."""
+        long_name: str = ""
+        """Text."""
+        fast: bool = False
+        """A flag."""
+
+    seen = []
+    command = cli.Command("", "unused", lambda *args: seen.append(args), ("ARTIFACT", "PROMPT"))
+    monkeypatch.setitem(cli.COMMANDS, "generate", command)
+    monkeypatch.setattr(cli, "_import", lambda path: Options)
+    path = str(artifact)
+    for words, options in (
+        (["--count", "3", path, "p"], Options(3)),
+        ([path, "p", "--count=3"], Options(3)),
+        ([path, "--count", "-3", "p"], Options(-3)),
+        (["--long-name", "a=b c", path, "p"], Options(long_name="a=b c")),
+        ([path, "p", "--long_name=--x"], Options(long_name="--x")),
+        (["--fast", path, "p", "--count", "2"], Options(2, fast=True)),
+        ([path, "p", "--fast", "false"], Options()),
+        ([path, "p", "--fast", "yes", "long_name=x"], Options(long_name="x", fast=True)),
+        ([path, "p", "--fast"], Options(fast=True)),
+    ):
+        assert cli.main(["generate", *words]) == 0
+        assert seen.pop() == (artifact, "p", options)
+    # what is no option stays a word
+    for prompt in ("--", "-- a", "--a b", "-5", "--5"):
+        assert cli.main(["generate", path, *(["--"] if prompt == "--" else []), prompt]) == 0
+        assert seen.pop() == (artifact, prompt, Options())

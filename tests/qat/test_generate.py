@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import MistralConfig, PreTrainedTokenizerFast
 
 from qat.errors import UserError
 from qat.generate import GenerateOptions, generate, sample
@@ -102,3 +102,24 @@ def test_wrong_input(artifact: Path, tmp_path: Path) -> None:
 def test_options_out_of_range(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field}={value}"):
         GenerateOptions(**{field: value})
+
+
+def test_a_quantized_cache_is_not_compiled() -> None:
+    with pytest.raises(ValueError, match=r"compile=true.*kv_cache=none"):
+        GenerateOptions(compile=True, kv_cache="int8")
+
+
+def test_a_model_that_is_not_covered_is_decoded_without_compiling(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, sliding_window=8,
+        max_position_embeddings=64, **sizes,
+    )  # fmt: skip
+    write_artifact(tmp_path / "a", config)
+    tokenizer().save_pretrained(tmp_path / "a")
+    plainly = generate(tmp_path / "a", "hello", GenerateOptions(max_new_tokens=8))
+    options = GenerateOptions(max_new_tokens=8, compile=True)
+    assert generate(tmp_path / "a", "hello", options) == plainly
+    assert "mistral is not covered" in caplog.text

@@ -11,9 +11,10 @@ from qat.config import load
 from qat.errors import UserError
 from qat.packed_layers import Int8Linear, PackedLinear
 from recipes import CONFIGS, RECIPES, benchmark_decode
-from recipes.benchmark_decode import Row, table
+from recipes.benchmark_decode import Row, memory_table, table
 from recipes.config import DecodeBenchmarkConfig
 from recipes.decoding import contestants, generate, prompts_of, time_layers
+from recipes.resident import Resident, in_own_process
 from tests.recipes.running import run
 
 RECIPE = RECIPES["benchmark_decode"]
@@ -41,7 +42,16 @@ def config(*words: str) -> DecodeBenchmarkConfig:
     return made
 
 
-def test_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_runs_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    # two processes suffice
+    measured = benchmark_decode.memory
+    monkeypatch.setattr(
+        benchmark_decode,
+        "memory",
+        lambda made, places: measured(made, {n: places[n] for n in ("bf16", "w4")}),
+    )
     assert run([*WORDS, f"output_dir={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     assert "`w4` 4 of 4" in printed
@@ -62,12 +72,19 @@ def test_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with (tmp_path / "benchmark_decode.csv").open(encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == len(result["rows"])
     assert result["equal_answers"]["w4"] == 4
+    assert list(result["resident_bytes"]) == ["bf16", "w4"]
+    for name, found in result["resident_bytes"].items():
+        assert found["stored"] < result["resident_bytes"]["bf16"]["stored"] or name == "bf16"
+        assert found["peak"] >= found["served"]
+        assert f"| `{name}` | " in printed
 
 
 def test_answers_that_depend_on_the_batch_fail_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(benchmark_decode, "equal_answers", lambda *_: {"bf16": 1, "w4": 3})
+    # takes processes, and is no part of this
+    monkeypatch.setattr(benchmark_decode, "memory", lambda *_: {})
     assert run(WORDS) == 1
     output = capsys.readouterr()
     assert "`w4` 3 of 4" in output.out
@@ -107,6 +124,18 @@ def test_table():
         "|---|---:|---:|---|---:|---:|---:|---:|---:|",
         "| step | 8,192 | 1 | `w4` | 12.50 | 10.00 | 20.00 | 3.40 | 0.200 |",
     ]
+
+
+def test_memory_table():
+    row = Row("step", 8192, 1, "w4", 0.0125, 0.01, 0.02, 3.4, 0.2)
+    found = {"w4": Resident(200_000_000, 190_000_000, 221_000_000, 230_000_000)}
+    lines = memory_table([row], found).splitlines()
+    assert lines[2] == "| `w4` | 80.0 | 200.0 | 221.0 | +10.5 % | 230.0 |"
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="no such directory"):
+        in_own_process("packed", tmp_path / "none", tmp_path / "none", 4)
 
 
 @pytest.mark.parametrize(

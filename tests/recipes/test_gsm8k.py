@@ -51,4 +51,4 @@ def test_two_named_columns(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert losses["trained"] < losses["original"]
     assert report["gain_kept"] == 1.0
     config = json.loads((tmp_path / "run/artifact/manifest.json").read_text("utf-8"))
-    assert config["provenance"]["data"] == str(TRAIN)
+    assert config["provenance"]["data"] == TRAIN.name

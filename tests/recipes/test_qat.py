@@ -1,5 +1,6 @@
 """The recipes qat_int4 and qat_int8 from end to end, on tiny random models."""
 
+import hashlib
 import json
 import math
 import signal
@@ -310,9 +311,53 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]):
     assert all(name in listed for name in ("qat_int4", "qat_int8", "pretrain_demo", "benchmark"))
 
 
-def test_the_configuration_is_resolved(int4: Path):
+def test_provenance(int4: Path, setup: list[str]):
     manifest = json.loads((int4 / "artifact/manifest.json").read_text("utf-8"))
-    assert manifest["provenance"]["config"]["scheme"]["weight"]["bits"] == 4
+    found = manifest["provenance"]
+    assert found["config"]["scheme"]["weight"]["bits"] == 4
+    assert (found["recipe"], found["model"], found["data"]) == ("qat_int4", "model", "text.jsonl")
+    model = Path(setup[0].removeprefix("model="))
+    weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert found["base"] == {"name": "model", "weights_sha256": weights}
+    data = Path(setup[1].removeprefix("data=")).read_bytes()
+    assert found["data_fingerprint"] == hashlib.sha256(data).hexdigest()
+    assert found["seeds"] == {"run": 0}
+    assert found["command"].startswith(
+        "python train.py recipe=qat_int4 model=model data=text.jsonl"
+    )
+    assert "max_steps=4" in found["command"]
+    assert found["converter"]["name"] == "qat-lightning"
+    assert found["git"] is None or len(found["git"]["commit"]) == 40
+    # an artifact is for others: nothing in it names a directory of this machine
+    for path in (int4 / "artifact").iterdir():
+        raw = path.read_bytes()
+        for private in (int4.parent, model.parent):
+            assert str(private).encode() not in raw, path.name
+
+
+def test_slices(int4: Path):
+    """Losses by part of the held-out text: they add up, and the card has them, worst first."""
+    report = read_report(int4)
+    for by in ("context", "frequency"):
+        parts = [part for part in report["slices"] if part["by"] == by]
+        for name, row in report["rows"].items():
+            total = sum(part["tokens"] * part["loss"][name] for part in parts)
+            # float64 sums of the same losses in another order
+            assert total == pytest.approx(row["tokens"] * row["loss"], rel=1e-14)
+    changes = [part["change"] for part in report["slices"]]
+    assert changes == sorted(changes, reverse=True)
+    for part in report["slices"]:
+        assert part["change"] == part["loss"]["artifact"] - part["loss"]["original"]
+        assert part["low_bits"] == part["loss"]["artifact"] - part["loss"]["finetuned"]
+    card = (int4 / "artifact/README.md").read_text("utf-8")
+    places = [card.index(f"| {part['slice']} |") for part in report["slices"]]
+    assert places == sorted(places)
+    assert card.count("tokens of context |") == len(
+        [c for c in report["slices"] if c["by"] == "context"]
+    )
+
+
+def test_the_configuration_is_resolved(int4: Path):
     text = (int4 / "config.yaml").read_text("utf-8")
     for line in ("recipe: qat_int4", "max_steps: 4", "group_size: 32", "logger: none"):
         assert line in text

@@ -164,6 +164,8 @@ def test_metrics(int4: Path, nf4: Path):
 def test_commands_on_the_outputs(nf4: Path, capsys: pytest.CaptureFixture[str]):
     before = hashes(nf4)
     for name in ("artifact", "nf4", "merged"):
+        for path in (p for p in (nf4 / name).rglob("*") if p.is_file()):
+            assert str(nf4.parent).encode() not in path.read_bytes(), "published as they are"
         assert cli.main(["verify", str(nf4 / name)]) == 0
         assert "every file is as the manifest says" in capsys.readouterr().out
     for name in ("artifact", "nf4"):
