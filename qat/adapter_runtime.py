@@ -18,25 +18,36 @@ from qat.bitsandbytes_format import spec_of
 from qat.errors import UserError
 from qat.lora import ADAPTER, LoraLinear
 from qat.original import OriginalWeights
+from qat.prepare import Coverage
 from qat.scheme import Scheme
 from qat.tensor_files import read_json
 
 KEEP_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
-def load_nf4(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_nf4(
+    directory: Path, dtype: torch.dtype, device: torch.device, adapter: Path | None = None
+) -> PreTrainedModel:
     """The model of an ``nf4/`` directory, in eval mode; its base stays in 4 bits.
 
     Args:
         directory: holds the base, and the adapter in ``adapter/``.
         dtype: of activations and of what is not 4-bit; fp32 computes what was trained.
         device: where to.
+        adapter: directory of another adapter, trained on the same base, to take instead.
 
     Raises:
         UserError: files are missing or damaged, or the adapter does not belong to the base.
     """
+    return load_nf4_with_coverage(directory, dtype, device, adapter)[0]
+
+
+def load_nf4_with_coverage(
+    directory: Path, dtype: torch.dtype, device: torch.device, adapter: Path | None = None
+) -> tuple[PreTrainedModel, Coverage]:
+    """The model of `load_nf4`, and the coverage with which its merged weights can be had."""
     original = OriginalWeights(str(directory))
-    folder = directory / "adapter"
+    folder = adapter or directory / "adapter"
     try:
         peft: Any = LoraConfig.from_pretrained(str(folder))
         stored = load_file(folder / "adapter_model.safetensors")
@@ -45,7 +56,7 @@ def load_nf4(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTr
     tensors = {name.removeprefix(PREFIX): value for name, value in stored.items()}
     scheme = Scheme(keep_dtype=KEEP_NAMES[original.dtype], min_coverage=0)  # type: ignore[arg-type]
     rows: list[int] = next(iter((peft.trainable_token_indices or {}).values()), [])
-    model, _ = prepare_adapters(
+    model, coverage = prepare_adapters(
         original, _config(original, peft), scheme, 0, dtype, device, new_rows=rows
     )
     facts = read_json(folder / "base.json")
@@ -58,7 +69,7 @@ def load_nf4(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTr
     # the adapter's parameters in the dtype of the activations, as PEFT loads them
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), coverage
 
 
 def _config(original: OriginalWeights, peft: Any) -> AdapterConfig:

@@ -1,5 +1,6 @@
 """Text generation: from an artifact on packed weights (`generate`), or from a model (`sample`)."""
 
+import logging
 import sys
 import time
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from qat.decode_graph import StaticDecoding, covers
 from qat.errors import UserError
 from qat.kv_cache import make_cache
 from qat.models import load_tokenizer
 from qat.runtime import load_packed, read_artifact_config
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,12 @@ class GenerateOptions:
     """Keys and values in codes of 8 or 4 bits: less memory; none keeps them in ``dtype``."""
     device: str | None = None
     """Device such as cpu or cuda:0; null takes the first GPU, else the CPU."""
+    cuda_graphs: bool = True
+    """On a GPU, launch a step as one CUDA graph, for models with full attention and kv_cache=none.
+    A first step that is not equal bit for bit switches it off. Ignored on the CPU."""
+    compile: bool = False
+    """Compile the decoding step by torch.compile: minutes before the first token, and results may
+    round differently. For models with full attention and kv_cache=none."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value outside its range."""
@@ -44,6 +54,10 @@ class GenerateOptions:
             raise ValueError(f"temperature={self.temperature}: 0 (greedy) or above")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: above 0 and at most 1")
+        if self.compile and self.kv_cache != "none":
+            raise ValueError(
+                "compile=true: a quantized KV cache is not compiled; use kv_cache=none"
+            )
 
 
 def generate(
@@ -67,7 +81,7 @@ def generate(
     """
     options = options or GenerateOptions()
     path = Path(artifact)
-    device = _device(options.device)
+    device = find_device(options.device)
     # the cheap checks first: loading can take minutes
     read_artifact_config(path)
     tokenizer = _tokenizer(path)
@@ -112,7 +126,12 @@ def sample(
     return text
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; None: the first GPU, else the CPU.
+
+    Raises:
+        UserError: no device of that name is here.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -166,6 +185,18 @@ def _sampling(options: GenerateOptions) -> dict[str, Any]:
     }
 
 
+def _decoding(model: PreTrainedModel, options: GenerateOptions) -> dict[str, Any]:
+    """How steps are launched: transformers' own loop, or `StaticDecoding` where it has a use."""
+    graphs = options.cuda_graphs and options.kv_cache == "none" and model.device.type == "cuda"
+    if not (graphs or options.compile):
+        return {}
+    if not covers(model):
+        if options.compile:
+            log.warning("compile: %s is not covered; decoding without", model.config.model_type)
+        return {}
+    return {"custom_generate": StaticDecoding(model, graphs, options.compile)}
+
+
 @torch.no_grad()
 def _generate_ids(
     model: PreTrainedModel,
@@ -200,6 +231,7 @@ def _generate_ids(
             pad_token_id=0 if pad is None else pad,
             streamer=streamer if stream else None,
             **make_cache(model, options.kv_cache, length + options.max_new_tokens),
+            **_decoding(model, options),
             **_sampling(options),
         )
     new_ids: torch.Tensor = output[0, length:]

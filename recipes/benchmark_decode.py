@@ -11,6 +11,9 @@ turns. ``layers`` are the quantized layers alone, called one after another.
 
 Then the same prompts, of different lengths, are answered one by one and as one padded batch: the
 answers of the artifacts must be equal, or the run fails. (Those of plain bf16 are counted, too.)
+
+Memory is measured in processes of their own (`recipes.resident`): what each grows by when it loads
+the model, generates and has read every kept tensor, beside the bytes of the tensors on disk.
 """
 
 import csv
@@ -23,7 +26,15 @@ from pathlib import Path
 
 from qat.report import environment
 from recipes.config import DecodeBenchmarkConfig
-from recipes.decoding import Contestants, contestants, equal_answers, time_layers, time_steps
+from recipes.decoding import (
+    Contestants,
+    contestants,
+    equal_answers,
+    memory,
+    time_layers,
+    time_steps,
+)
+from recipes.resident import Resident
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ def run(config: DecodeBenchmarkConfig) -> None:
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    parameters, answers = {}, {}
+    parameters, answers, resident = {}, {}, {}
     with tempfile.TemporaryDirectory(prefix=".random-model-", dir=output) as place:
         for vocabulary in (config.shape.vocab_size, *config.more_vocabularies):
             first = vocabulary == config.shape.vocab_size
@@ -72,12 +83,15 @@ def run(config: DecodeBenchmarkConfig) -> None:
                     rows += _rows("layers", layers, batch, time_layers(config, layers, batch))
             if first:
                 answers = equal_answers(config, entrants)
-    print(f"\n{table(rows, parameters)}\n\n{verdict(config, answers)}")
+                resident = memory(config, entrants.places)
+    print(f"\n{table(rows, parameters)}\n\n{memory_table(rows, resident)}")
+    print(f"\n{verdict(config, answers)}")
     if output is not None:
         result = {
             "date": datetime.now(UTC).date().isoformat(),
             "parameters": parameters,
             "rows": [asdict(row) for row in rows],
+            "resident_bytes": {name: asdict(found) for name, found in resident.items()},
             "equal_answers": answers,
             "config": asdict(config),
             "environment": environment(),
@@ -118,6 +132,25 @@ def table(rows: list[Row], parameters: dict[int, int]) -> str:
             f"| {row.work} | {row.vocabulary:,} | {row.batch} | `{row.contestant}` | "
             f"{' | '.join(times)} | {row.over_bf16:.2f} | {row.gigabytes:.3f} |"
         )
+    return "\n".join(lines)
+
+
+def memory_table(rows: list[Row], resident: dict[str, Resident]) -> str:
+    """Tokens/s of a single sequence, packed and resident size, as a Markdown table."""
+    steps = {
+        r.contestant: r
+        for r in rows
+        if (r.work, r.vocabulary) == ("step", rows[0].vocabulary) and r.batch == 1
+    }
+    lines = [
+        "| | tokens/s at batch 1 | packed MB | resident MB | over packed | peak MB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, found in resident.items():
+        speed = f"{1 / steps[name].seconds:.1f}" if name in steps else "-"
+        sizes = [f"{size / 1e6:.1f}" for size in (found.stored, found.served, found.peak)]
+        over = f"{100 * (found.served / found.stored - 1):+.1f} %"
+        lines.append(f"| `{name}` | {speed} | {sizes[0]} | {sizes[1]} | {over} | {sizes[2]} |")
     return "\n".join(lines)
 
 

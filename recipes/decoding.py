@@ -1,6 +1,7 @@
 """What `recipes.benchmark_decode` measures: artifacts of a random model, steps, layers, answers."""
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,8 +27,9 @@ from qat.prepare import prepare
 from qat.runtime import load_packed
 from qat.scheme import InputSpec, Rule, Scheme
 from qat_kernels import QuantSpec
-from recipes.config import DecodeBenchmarkConfig
+from recipes.config import DecodeBenchmarkConfig, ModelShape
 from recipes.random_model import write_random_model
+from recipes.resident import Resident, in_own_process
 
 WEIGHT_INT8 = QuantSpec(bits=8, granularity="channel", grid="absmax")
 SCHEMES = {
@@ -36,6 +38,15 @@ SCHEMES = {
     "w8a8": Scheme(weight=WEIGHT_INT8, input=InputSpec()),
 }
 """Beside bf16: int4 in groups of 32, the same with the head, int8 weights and inputs."""
+WARM_UP_SHAPE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+"""The small model that a process serves before its memory counts."""
 WARM_UP = 2
 """Steps of each answer, and turns, that are not counted."""
 PAD = 0
@@ -51,6 +62,8 @@ class Contestants:
     models: dict[str, PreTrainedModel]
     weight_bytes: dict[str, int]
     """Bytes of weights that one decoded token reads: everything but the embedding."""
+    places: dict[str, Path]
+    """Where each was loaded from."""
 
     def without(self, name: str) -> "Contestants":
         """The others."""
@@ -62,21 +75,47 @@ def contestants(
 ) -> Contestants:
     """Write a random model and its artifacts below ``directory``, and load each as it is served."""
     shape = replace(config.shape, vocab_size=vocabulary)
-    original = directory / "bf16"
-    original.mkdir(parents=True)
-    parameters = write_random_model(shape, original, config.seed)
-    models = {"bf16": _plain(original)}
-    for name in tqdm(names, desc=f"artifacts, vocabulary {vocabulary}", leave=False):
-        model = _plain(original)
+    places = write_models(shape, config.seed, names, directory)
+    models = {n: load_packed(p) if n != "bf16" else _plain(p) for n, p in places.items()}
+    parameters = sum(p.numel() for p in models["bf16"].parameters())
+    read = {name: _read(model) for name, model in models.items()}
+    return Contestants(vocabulary, parameters, models, read, places)
+
+
+def write_models(
+    shape: ModelShape, seed: int, names: list[str], directory: Path
+) -> dict[str, Path]:
+    """Write a random model (``bf16``) and its artifacts by `SCHEMES`; the directory of each."""
+    places = {"bf16": directory / "bf16"}
+    places["bf16"].mkdir(parents=True)
+    write_random_model(shape, places["bf16"], seed)
+    for name in tqdm(names, desc=f"artifacts, vocabulary {shape.vocab_size}", leave=False):
+        model = _plain(places["bf16"])
         coverage = prepare(model, SCHEMES[name])
-        artifact = directory / name.replace(" ", "-")
-        artifact.mkdir()
+        places[name] = directory / name.replace(" ", "-")
+        places[name].mkdir()
         # nothing here reads text, but an artifact has a tokenizer
         words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-        write_checkpoint(model, tokenizer, coverage, SCHEMES[name], artifact)
-        models[name] = load_packed(artifact, torch.bfloat16)
-    return Contestants(vocabulary, parameters, models, {n: _read(m) for n, m in models.items()})
+        write_checkpoint(model, tokenizer, coverage, SCHEMES[name], places[name])
+    return places
+
+
+def memory(config: DecodeBenchmarkConfig, places: dict[str, Path]) -> dict[str, Resident]:
+    """What a process grows by that serves each model, each in a process of its own.
+
+    A small model of the same kind is served first: see `recipes.resident`.
+    """
+    shape = replace(config.shape, **WARM_UP_SHAPE)
+    names = [name for name in places if name != "bf16"]
+    with tempfile.TemporaryDirectory(prefix="qat-warm-up-") as directory:
+        small = write_models(shape, config.seed, names, Path(directory))
+        return {
+            name: in_own_process(
+                "plain" if name == "bf16" else "packed", place, small[name], config.new_tokens
+            )
+            for name, place in tqdm(places.items(), desc="memory", leave=False)
+        }
 
 
 def _plain(directory: Path) -> PreTrainedModel:

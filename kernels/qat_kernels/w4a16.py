@@ -52,6 +52,8 @@ Path = Literal["int4pack", "int8pack", "triton", "reference"]
 
 CUDA_PREFILL_TOKENS = 64
 """Tokens of a sequence from which on a GPU dequantizes the weight and multiplies with cuBLAS."""
+UNPACK_ELEMENTS = 1 << 20
+"""Codes that `prepare` unpacks at a time."""
 
 
 def reference(
@@ -286,6 +288,15 @@ def _check(packed: Tensor, scale: Tensor, shape: tuple[int, int], spec: QuantSpe
         )
 
 
+def _codes(packed_NP: Tensor, bits: int, k: int) -> Tensor:
+    """int8 codes [N, K], some rows at a time: unpacking takes several bytes for each code."""
+    codes_NK = torch.empty(packed_NP.shape[0], k, dtype=torch.int8, device=packed_NP.device)
+    rows = max(1, UNPACK_ELEMENTS // k)
+    for part, words in zip(codes_NK.split(rows), packed_NP.split(rows)):
+        part.copy_(unpack(words, bits, k))
+    return codes_NK
+
+
 def _prepare_cpu(
     path: str,
     packed: Tensor,
@@ -299,7 +310,7 @@ def _prepare_cpu(
     n, k = shape
     if dtype != torch.bfloat16:
         raise ValueError(f"path={path} takes bfloat16 activations, not {dtype}")
-    codes = unpack(packed, spec.bits, k)
+    codes = _codes(packed, spec.bits, k)
     if path == "int4pack":
         if spec.bits > 4:
             raise ValueError(f"path=int4pack takes codes of 2 to 4 bits, not {spec.bits}")
@@ -338,7 +349,7 @@ def _prepare_planes(
 
         if not verified(name, device, check):
             return None
-    words, high = to_planes(unpack(packed, spec.bits, k), plan)
+    words, high = to_planes(_codes(packed, spec.bits, k), plan)
     scale_NG = to_groups(scale.expand(n, -1), plan, group, k)
     if w4a16_cpu.exact_in_bf16(scale_NG):
         scale_NG = scale_NG.to(torch.bfloat16)

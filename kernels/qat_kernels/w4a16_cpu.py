@@ -43,8 +43,8 @@ BLOCK_ELEMENTS = 1 << 20
 """Weights that prefill dequantizes at a time (2 MiB of bf16)."""
 TILE_ROWS = 16
 """Rows that `linear_by_tiles` multiplies at a time."""
-_CONVERT_ROWS = 1024
-"""Rows repacked at a time: the ATen converter reads one int32 per code."""
+_CONVERT_ROWS = 256
+"""Rows repacked at a time, a multiple of 64: the ATen converter reads one int32 per code."""
 _INT32_MAX = 2**31 - 1
 
 

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,16 +111,20 @@ def dequantized(
     zero_point: Tensor | None = None,
     bias_N: Tensor | None = None,
     input_scale: Tensor | None = None,
+    *,
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
 ) -> Tensor:
     """Fake-quantized activations times the dequantized weight, in the dtype of x.
 
-    Takes every granularity: scale and zero_point [N, G], [N, 1] or [1, 1].
+    Takes every granularity: scale and zero_point [N, G], [N, 1] or [1, 1]. ``multiply`` replaces
+    the matmul.
     """
     s_x = token_scale(x) if input_scale is None else input_scale
     x = fake_quantize_with(x, s_x, INPUT)[0].to(x.dtype)
     weight_NK = dequantize(codes_NK, scale, zero_point).to(x.dtype)
-    exact = x.dtype == torch.float32 or x.device.type != "cpu"
-    multiply = functional.linear if exact else w4a16_cpu.linear_by_tiles
+    if multiply is None:
+        exact = x.dtype == torch.float32 or x.device.type != "cpu"
+        multiply = functional.linear if exact else w4a16_cpu.linear_by_tiles
     return multiply(x, weight_NK, bias_N)
 
 

@@ -24,10 +24,11 @@ def export_card(artifact: Path, facts: dict[str, Any], use: str) -> str:
     front = re.sub(r"^- compressed-tensors$", f"- {name}", front, flags=re.MULTILINE)
     title, _, rest = body.partition("\n")
     rest = re.sub(r"^## Use\n.*?(?=^## )", "", rest, flags=re.MULTILINE | re.DOTALL)
+    preface, mark, sections = rest.partition("\n## ")
     heading = f"{title or '# Quantized model'} ({name})"
-    parts = [heading, "", *_conversion(facts), "", "## Use", "", use.strip(), ""]
-    parts += ["## The artifact that was converted", "", rest.strip(), ""]
-    return "\n".join([front, *parts] if front else parts)
+    parts = [heading, preface.strip(), *_conversion(facts), f"## Use\n\n{use.strip()}"]
+    parts.append(f"{mark}{sections}".strip())
+    return "\n\n".join(part for part in [front.strip(), *parts] if part) + "\n"
 
 
 def _split(card: str) -> tuple[str, str]:
@@ -39,21 +40,22 @@ def _split(card: str) -> tuple[str, str]:
 
 
 def _conversion(facts: dict[str, Any]) -> list[str]:
+    """The paragraphs on what was written from what, and how exactly."""
     found = facts["read_back"]
-    lines = ["## Conversion", ""]
-    if facts["exact"]:
-        lines.append(
-            f"Written by {facts['converter']} from the artifact whose manifest has the sha256 "
-            f"`{facts['source_sha256']}`. The codes and scales are the trained ones; nothing was "
-            f"quantized again. Read back with {found['reader']}: "
-            f"{found['matrices']} quantized weights and {found['tensors']} other tensors, all "
-            "equal."
-        )
-        return lines
-    lines.append(
-        f"Written by {facts['converter']} from the artifact whose manifest has the sha256 "
-        f"`{facts['source_sha256']}`. **This format does not carry that artifact exactly**; the "
-        f"largest relative error of a tensor, as {found['reader']} reads it, is "
-        f"{found['relative_error']:.2e}. Not carried:"
+    source = (
+        f"Written by {facts['converter']} from the artifact whose manifest.json has the SHA-256 "
+        f"`{facts['source_sha256']}`; the tables below describe that artifact."
     )
-    return [*lines, "", *(f"- {loss['what']}: {loss['reason']}" for loss in facts["losses"])]
+    if facts["exact"]:
+        result = (
+            "The codes and scales are the trained ones; nothing was quantized again. Read back "
+            f"with {found['reader']}: {found['matrices']} quantized weights and "
+            f"{found['tensors']} other tensors, all equal."
+        )
+        return ["## Conversion", f"{source} {result}"]
+    result = (
+        "**This format does not carry that artifact exactly.** The largest relative error of a "
+        f"tensor, as {found['reader']} reads it, is {found['relative_error']:.2e}. Not carried:"
+    )
+    losses = "\n".join(f"- {loss['what']}: {loss['reason']}" for loss in facts["losses"])
+    return ["## Conversion", f"{source} {result}", losses]
