@@ -78,7 +78,7 @@ class Gptq:
         return "gptq" if self.version == 1 else "gptq_v2"
 
     def losses(self, source: Source) -> Sequence[Loss]:
-        """Part-filled words, scales that fp16 rounds, quantized inputs; in version 1, zeros of 0."""
+        """Part-filled words, scales that fp16 rounds, quantized inputs; version 1: zeros of 0."""
         losses = layout_losses(source, self.label, WIDTHS, along_k=True)
         if self.version == 2 or any(not loss.writable for loss in losses):
             return losses
@@ -215,7 +215,7 @@ def _with_gptqmodel(name: str, parts: dict[str, Tensor], section: dict[str, Any]
     for part, value in parts.items():
         setattr(layer, part, value.clone())
     if section["checkpoint_format"] == "gptq":
-        layer = convert_gptq_v1_to_v2_format_module(layer, section["bits"], torch.int32)
+        convert_gptq_v1_to_v2_format_module(layer, section["bits"], torch.int32)
     layer.post_init()
     layer.scales = parts["scales"].float()
     values = layer.dequantize_weight().t()

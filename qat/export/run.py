@@ -25,21 +25,18 @@ FormatName = Literal[
     "compressed-tensors", "gguf", "gptq", "gptq_v2", "awq", "onnx", "bitsandbytes", "merged", "peft"
 ]
 
-FORMATS: dict[str, tuple[str, str]] = {
-    "compressed-tensors": (
-        "qat.export.compressed_tensors:CompressedTensors",
-        "vLLM and transformers; the artifact's own format in the layout that engines read",
-    ),
-    "gguf": ("qat.export.gguf:Gguf", "llama.cpp, Ollama, LM Studio: Q4_0, Q4_1, Q8_0, F16"),
-    "gptq": ("qat.export.gptq:Gptq", "GPTQ version 1, as AutoGPTQ and vLLM read it"),
-    "gptq_v2": ("qat.export.gptq:GptqV2", "GPTQ version 2, for readers that name it"),
-    "awq": ("qat.export.awq:Awq", "AWQ in the GEMM layout, 4 bits"),
-    "onnx": ("qat.export.onnx:Onnx", "ONNX Runtime: a whole model with MatMulNBits"),
-    "bitsandbytes": ("qat.export.bitsandbytes:Bitsandbytes", "the NF4 base without its adapter"),
-    "merged": ("qat.export.merged:Merged", "plain transformers weights, unpacked (see dtype)"),
-    "peft": ("qat.export.peft:Peft", "the LoRA adapter of an nf4/ directory"),
+FORMATS: dict[str, str] = {
+    "compressed-tensors": "qat.export.compressed_tensors:CompressedTensors",
+    "gguf": "qat.export.gguf:Gguf",
+    "gptq": "qat.export.gptq:Gptq",
+    "gptq_v2": "qat.export.gptq:GptqV2",
+    "awq": "qat.export.awq:Awq",
+    "onnx": "qat.export.onnx:Onnx",
+    "bitsandbytes": "qat.export.bitsandbytes:Bitsandbytes",
+    "merged": "qat.export.merged:Merged",
+    "peft": "qat.export.peft:Peft",
 }
-"""Name → where the format is, and what it is for."""
+"""Name → its `qat.export.format.Format`, imported when it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,9 @@ class ExportOptions:
     """Options of ``qat export``."""
 
     format: FormatName
-    """Format to write."""
+    """gguf for llama.cpp and Ollama; compressed-tensors (as engines read it), gptq, gptq_v2 and awq
+    for vLLM and others; onnx for ONNX Runtime; merged for plain transformers; bitsandbytes and peft
+    for an nf4/ directory."""
     out: str
     """Directory to write, or for format=gguf a file that ends in .gguf; must not exist yet."""
     allow_lossy: bool = False
@@ -144,7 +143,7 @@ def export(artifact: Path | str, options: ExportOptions) -> ExportReport:
 
 def load_format(options: ExportOptions) -> Format:
     """The format's object, made with these options."""
-    module, _, name = FORMATS[options.format][0].partition(":")
+    module, _, name = FORMATS[options.format].partition(":")
     made: Format = getattr(importlib.import_module(module), name)(options)
     return made
 

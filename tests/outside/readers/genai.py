@@ -1,7 +1,7 @@
 """Logits of GPTQ directories by onnxruntime-genai, which builds its own ONNX models from them.
 
-``python genai.py JOBS.json`` reads ``{"ids": [[id, ...], ...], "directories": {DIRECTORY: OUT.npy}}``,
-writes fp32 logits [B, T, V] of each directory and prints the versions as JSON. Runs in the
+``python genai.py JOBS.json`` reads ``{"ids": [[id, ...], ...], "directories": {DIRECTORY: OUT}}``,
+writes fp32 logits [B, T, V] of each directory to OUT and prints the versions as JSON. Runs in the
 environment ``onnxruntime-genai``; knows nothing of this project.
 """
 

@@ -1,7 +1,7 @@
 """Logits of GPTQ directories by transformers, optimum and GPTQModel's torch kernel.
 
-``python gptq.py JOBS.json`` reads ``{"ids": [[id, ...], ...], "directories": {DIRECTORY: OUT.npy}}``,
-writes fp32 logits [B, T, V] of each directory and prints the versions as JSON. Runs in the
+``python gptq.py JOBS.json`` reads ``{"ids": [[id, ...], ...], "directories": {DIRECTORY: OUT}}``,
+writes fp32 logits [B, T, V] of each directory to OUT and prints the versions as JSON. Runs in the
 environment ``gptqmodel``; knows nothing of this project.
 """
 

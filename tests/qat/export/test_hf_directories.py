@@ -47,7 +47,13 @@ SCHEMES = {name: Scheme(weight=spec) for name, spec in SPECS.items()} | {
     "w8a8": Scheme(weight=INT8, input=InputSpec()),
     "w8a8 static": Scheme(weight=INT8, input=STATIC),
 }
-FAMILIES = ["llama_tied", "llama_bias", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
+FAMILIES = [
+    "llama_tied",
+    "llama_bias",
+    "qwen3",
+    "gemma",
+    *(pytest.param(f, marks=pytest.mark.slow) for f in ("mistral", "qwen2", "gemma2", "gemma3")),
+]
 FORMATS = ["compressed-tensors", "gptq", "gptq_v2", "awq", "merged"]
 LAYER = "model.layers.0.mlp.down_proj"
 
@@ -151,7 +157,7 @@ def test_every_family_is_carried_exactly(family, form, tmp_path):
         ("qwen3", "g32"),
         ("mistral", "tensor"),
         ("gemma", "g64"),
-        ("gemma3", "mixed"),
+        pytest.param("gemma3", "mixed", marks=pytest.mark.slow),
         ("llama", "quantized head"),
         ("llama", "asymmetric"),
         ("llama", "w8a8 static"),

@@ -1,4 +1,4 @@
-"""What is made of an ``nf4/`` directory: the bitsandbytes base, the PEFT adapter, merged weights."""
+"""What is made of an ``nf4/`` directory: bitsandbytes base, PEFT adapter, merged weights."""
 
 import json
 
@@ -127,7 +127,14 @@ def test_a_damaged_copy_is_noticed(source, tmp_path, monkeypatch):
 # --- peft ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *SAVED])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dora",
+        "new tokens, tied",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in [*KINDS, *SAVED]),
+    ],
+)
 def test_every_kind_of_adapter(kind, tmp_path):
     family, changes = SAVED.get(kind, ("llama", KINDS.get(kind)))
     source = nf4(tmp_path, family, **changes)
@@ -163,7 +170,14 @@ def test_peft_finds_the_base_by_its_name(source, tmp_path):
 # --- merged -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "norms", "tied", "new tokens and the head"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "lora",
+        "new tokens and the head",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ["dora", "norms", "tied"]),
+    ],
+)
 def test_merging_is_a_measured_loss(kind, tmp_path):
     family, changes = SAVED.get(kind, ("llama", KINDS.get(kind)))
     source = nf4(tmp_path, family, **changes)
