@@ -73,6 +73,8 @@ def is_safe(name: str) -> bool:
         or windows.drive
         or windows.root
         or ".." in windows.parts
+        # no file system has longer names
+        or max(len(part.encode("utf-8", "surrogatepass")) for part in name.split("/")) > 255
         or PurePosixPath(name).as_posix() != name
     )
 
@@ -245,7 +247,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ManifestError(
             "changed after it was written: its text does not have the digest that it states"
         )
-    manifest: dict[str, Any] = json.loads(raw)
+    try:
+        manifest: dict[str, Any] = json.loads(raw)
+    # whoever wrote the digest may have written anything
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"damaged: {error}") from None
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise ManifestError("no table of files")
@@ -259,7 +265,7 @@ def _why_not(raw: bytes) -> str:
     """Why these bytes are no manifest of this format."""
     try:
         content = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"damaged: {error}"
     found = content.get("format") if isinstance(content, dict) else None
     if found == 1:

@@ -76,7 +76,7 @@ def read_header(path: Path) -> Header:
         entries = [
             _entry(name, spec, 8 + length) for name, spec in table.items() if name != "__metadata__"
         ]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BrokenHeader(f"header is not valid: {error}") from error
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     position = 8 + length
@@ -91,6 +91,8 @@ def _entry(name: str, spec: dict[str, object], data_begin: int) -> TensorEntry:
     shape, offsets = spec["shape"], spec["data_offsets"]
     if not isinstance(shape, list) or not isinstance(offsets, list):
         raise ValueError(f"{name} has no shape or offsets")
+    if not all(type(number) is int and number >= 0 for number in [*shape, *offsets]):
+        raise ValueError(f"{name}: shape {shape} and offsets {offsets} are not all counts")
     begin, end = offsets
     dtype = str(spec["dtype"])
     entry = TensorEntry(name, dtype, tuple(shape), data_begin + begin, data_begin + end)

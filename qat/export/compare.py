@@ -1,5 +1,6 @@
 """Read-back: what an outside reader found in an export, held against the artifact."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -79,11 +80,13 @@ def read_back(
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected|| in fp64; any shapes that are equal."""
+    """||found - expected|| / ||expected|| in fp64, inf where that is no number; equal shapes."""
     wanted = expected.to(torch.float64)
-    error = torch.linalg.vector_norm(found.to(torch.float64) - wanted)
+    error = float(torch.linalg.vector_norm(found.to(torch.float64) - wanted))
     norm = float(torch.linalg.vector_norm(wanted))
-    return float(error) / norm if norm else float(error)
+    error = error / norm if norm else error
+    # a NaN would lose every comparison, and so be taken for the smallest error
+    return math.inf if math.isnan(error) else error
 
 
 def _compare_tensor(result: ReadBack, expected: Tensor, item: ReadTensor) -> None:
@@ -95,12 +98,20 @@ def _compare_tensor(result: ReadBack, expected: Tensor, item: ReadTensor) -> Non
         return
     # fp32 holds every value of every 16-bit dtype; a NaN must be found where it was
     found, wanted = item.values.to(torch.float32), expected.to(torch.float32)
-    if torch.equal(found.nan_to_num(), wanted.nan_to_num()):
+    if _same(found, wanted):
         result.tensors_equal += 1
         return
     error = relative_error(found, wanted)
     result.relative_error = max(result.relative_error, error)
     result.differences.append(f"{item.name}: values differ, relative error {error:.2e}")
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    """Whether all values are equal, and NaN stands in the same places; equal shapes."""
+    nan = wanted.isnan()
+    return torch.equal(found.isnan(), nan) and torch.equal(
+        found.masked_fill(nan, 0), wanted.masked_fill(nan, 0)
+    )
 
 
 def _compare_matrix(result: ReadBack, matrix: Matrix, item: ReadMatrix) -> None:

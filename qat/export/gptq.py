@@ -47,12 +47,13 @@ WIDTHS = (2, 3, 4, 8)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 USE = """
-Readers that know GPTQ load this directory: vLLM (`vllm serve .`), transformers with optimum and
-GPTQModel, onnxruntime-genai's model builder.
+Readers that know GPTQ load this directory: transformers with optimum and GPTQModel, vLLM
+(`vllm serve .`; symmetric weights of 4 or 8 bits), onnxruntime-genai's model builder.
 """
 USE_V2 = """
 This is version 2 of the format (`checkpoint_format: gptq_v2`). A reader that does not look at that
-label computes other weights: take GPTQModel, vLLM, or transformers with optimum and GPTQModel.
+label computes other weights: take transformers with optimum and GPTQModel, or vLLM (which reads
+symmetric weights of 4 or 8 bits).
 """
 
 

@@ -112,6 +112,8 @@ def export(artifact: Path | str, options: ExportOptions) -> ExportReport:
     """
     path = Path(artifact)
     handler = load_format(options)
+    # before anything is read: hashing a large artifact takes minutes
+    _refuse_out(path, Path(options.out).expanduser(), handler.suffix)
     with ExitStack() as stack:
         source = Source(path, stack)
         _check_source(path)
@@ -143,6 +145,10 @@ def export(artifact: Path | str, options: ExportOptions) -> ExportReport:
 
 def load_format(options: ExportOptions) -> Format:
     """The format's object, made with these options."""
+    if options.dtype != "auto" and options.format != "merged":
+        raise UserError(
+            f"dtype={options.dtype}: only format=merged has a choice of dtype; leave it out"
+        )
     module, _, name = FORMATS[options.format].partition(":")
     made: Format = getattr(importlib.import_module(module), name)(options)
     return made
@@ -180,15 +186,38 @@ def _destination(out: Path, suffix: str | None) -> Iterator[Path]:
         with staged_directory(out) as staging:
             yield staging
         return
-    if os.path.lexists(out):
-        raise UserError(f"out={out} exists already; choose another name or remove it first")
     beside = out.with_name(f"{out.name}.parts")
     with staged_directory(beside) as staging:
         yield staging
-    (written,) = beside.glob(f"*{suffix}")
-    (beside / "export.json").rename(out.with_name(f"{out.name}.export.json"))
-    written.rename(out)
-    shutil.rmtree(beside)
+    try:
+        (written,) = beside.glob(f"*{suffix}")
+        # the file last: where it stands, its report does too
+        (beside / "export.json").rename(_report_of(out))
+        written.rename(out)
+    except BaseException:
+        _report_of(out).unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _report_of(out: Path) -> Path:
+    """Where the report of a one-file export lies."""
+    return out.with_name(f"{out.name}.export.json")
+
+
+def _refuse_out(artifact: Path, out: Path, suffix: str | None) -> None:
+    """Raise UserError for an output that is there, or that would become part of the artifact."""
+    if out.resolve().is_relative_to(artifact.resolve()):
+        raise UserError(
+            f"out={out}: lies in the artifact, which would no longer be what its manifest says; "
+            "choose a place outside"
+        )
+    one_file = suffix is not None and out.suffix == suffix
+    empty = not one_file and out.is_dir() and not any(out.iterdir())
+    for path in [out, _report_of(out)] if one_file else [out]:
+        if os.path.lexists(path) and not empty:
+            raise UserError(f"out={path} exists already; choose another name or remove it first")
 
 
 def _describe(source: Source, report: ExportReport, handler: Format, directory: Path) -> None:

@@ -465,6 +465,21 @@ def test_the_cache_of_the_hub_is_an_artifact(made, tmp_path):
     assert found(snapshot) == [("unsafe", "sub/note.txt", None)]
 
 
+@pytest.mark.parametrize("rest", [b" nonsense", b' "\xff": 0}', b' "a": ' + 100_000 * b"["])
+def test_a_manifest_with_its_digest_and_no_json(made, rest):
+    """Whoever writes the text can write its digest."""
+    head = (made / "manifest.json").read_bytes().split(b'"provenance"')[0]
+    (made / "manifest.json").write_bytes(seal(head + rest))
+    with pytest.raises(ManifestError, match="damaged"):
+        read_manifest(made)
+    assert [p.kind for p in verify(made)] == ["manifest"]
+
+
+def test_a_name_that_no_file_can_have(made):
+    edit_manifest(made, lambda m: m["files"].update({300 * "a": m["files"]["config.json"]}))
+    assert found(made) == [("unsafe", 300 * "a", None)]
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -473,7 +488,12 @@ def test_the_cache_of_the_hub_is_an_artifact(made, tmp_path):
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
         b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}}',
         b'{"a": {"dtype": "U8", "shape": [2]}}',
+        b'{"a": {"dtype": "??", "shape": [2], "data_offsets": [0, 1.5]}}',
+        b'{"a": {"dtype": "U8", "shape": [-2, -1], "data_offsets": [0, 2]}}',
+        b'{"a": {"dtype": "??", "shape": [2], "data_offsets": [0, true]}}',
+        100_000 * b"[",
     ],
+    ids=range(9),
 )
 def test_invalid_headers(tmp_path, header):
     path = tmp_path / "x.safetensors"
