@@ -5,7 +5,8 @@ directory QAT_OUTSIDE (default ``~/.cache/qat-lightning/outside``; 6 GB in all).
 because their requirements exclude each other and ours. Each leaves ``NAME.json`` and ``NAME.log``
 behind: whether it was built, in how many seconds, and if not, why.
 
-QAT_OUTSIDE_SECONDS limits every step of it (default 1200).
+QAT_OUTSIDE_SECONDS limits every step of it (default 1200), QAT_OUTSIDE_TOTAL_SECONDS all of them
+together, from the start of the process (no limit by default).
 """
 
 import json
@@ -57,9 +58,14 @@ ENVIRONMENTS = {
 """Name → how it is built."""
 
 
+START = time.monotonic()
+
+
 def limit() -> float:
-    """Seconds that one step may take."""
-    return float(os.environ.get("QAT_OUTSIDE_SECONDS", "1200"))
+    """Seconds that the next step may take."""
+    total = float(os.environ.get("QAT_OUTSIDE_TOTAL_SECONDS", "inf"))
+    left = total - (time.monotonic() - START)
+    return max(0.0, min(left, float(os.environ.get("QAT_OUTSIDE_SECONDS", "1200"))))
 
 
 def root() -> Path:

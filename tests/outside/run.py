@@ -150,7 +150,7 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
             command, capture_output=True, text=True, timeout=limit, check=False, **options
         )
     except subprocess.TimeoutExpired:
-        raise Skipped(f"no answer within {limit:.0f} s (QAT_OUTSIDE_SECONDS)") from None
+        raise Skipped(f"no answer within {limit:.0f} s, the time that was left") from None
 
 
 def ask_logits(
