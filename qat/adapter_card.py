@@ -4,6 +4,9 @@ from typing import Any
 
 from qat.provenance import is_hub_id, public_name
 
+NF4_TITLE = "4-bit base with its adapter, as trained"
+"""End of the title of the card of ``nf4/``."""
+
 
 def _front(library: str, base: str, relation: str, tags: list[str]) -> list[str]:
     hub_id = base if is_hub_id(base) else None
@@ -69,11 +72,13 @@ def nf4_card(base: str, facts: dict[str, Any], caveat: str | None) -> str:
     return "\n".join(
         [
             *_front("transformers", base, "quantized", ["bitsandbytes", "qlora", "lora"]),
-            f"# {public_name(base).rpartition('/')[2]}: 4-bit base with its adapter, as trained",
+            f"# {public_name(base).rpartition('/')[2]}: {NF4_TITLE}",
             "",
             f"The frozen base ({_quantizer(facts['quantizer'])}, sha256 "
             f"`{facts['base_sha256']}`) in bitsandbytes' serialization, and in `adapter/` the "
             "adapter that was trained on it. Together they compute what training computed.",
+            "",
+            "## Use",
             "",
             *_code(
                 "from peft import PeftModel",

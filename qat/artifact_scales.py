@@ -151,7 +151,7 @@ def plot_scales(directory: Path, quantization: dict[str, Any], path: Path) -> No
     Args:
         directory: the artifact.
         quantization: the section of its config.json.
-        path: the file, which must not exist.
+        path: the file, which must not exist, outside the artifact.
 
     Raises:
         UserError: nothing is quantized, codes are outside their range, or the file is there or
@@ -161,6 +161,10 @@ def plot_scales(directory: Path, quantization: dict[str, Any], path: Path) -> No
         raise UserError(f"plot={path}: the name of a PNG file, ending in .png")
     if path.exists():
         raise UserError(f"plot={path}: exists already; choose another name or remove it first")
+    if path.resolve().is_relative_to(directory.resolve()):
+        raise UserError(
+            f"plot={path}: lies in the artifact, which would no longer be what its manifest says"
+        )
     if not path.parent.is_dir():
         raise UserError(f"plot={path}: no directory {path.parent}; create it first")
     kinds = _kinds(directory, quantization, codes=True)

@@ -193,7 +193,7 @@ def write_shards(tensors: Iterator[dict[str, Tensor]], directory: Path, name: st
     shards: list[dict[str, Tensor]] = [{}]
     weight_map: dict[str, int] = {}
     total = size = 0
-    for part in tqdm(tensors, desc=name, leave=False):
+    for part in tqdm(tensors, desc=name, delay=2, leave=False, disable=None):
         for key, tensor in part.items():
             nbytes = tensor.numel() * tensor.element_size()
             if size and size + nbytes > SHARD_BYTES:

@@ -12,6 +12,7 @@ import difflib
 import errno
 import logging
 import os
+import re
 import select
 import shutil
 import sys
@@ -83,7 +84,7 @@ def run_main(fn: Callable[[], int | None]) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 1
-        if _disk_is_full(error):
+        if disk_is_full(error):
             _say(_disk_message(error), error)
         elif is_out_of_memory(error):
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -123,11 +124,15 @@ def _notes(error: BaseException) -> list[str]:
     return [note for link in _chain(error) for note in getattr(link, "__notes__", [])]
 
 
-def _disk_is_full(error: BaseException) -> bool:
-    """Whether a full disk or quota is behind `error`; Rust libraries only say so in the text."""
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a full disk or quota is behind `error`; some libraries only say so in the text.
+
+    "No space left on device" is what Rust ones say, "N requested and M written" is numpy's.
+    """
     return any(
         (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT))
         or "No space left on device" in str(link)
+        or (isinstance(link, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(link)))
         for link in _chain(error)
     )
 
@@ -155,8 +160,9 @@ def _disk_message(error: BaseException) -> str:
     target = f" while writing {names[0]}" if names else ""
     return (
         f"error: the disk is full{target}: {free / 2**20:.0f} MiB left for {place}. "
-        "Free space there (old runs and their checkpoints/ are the largest) or point output_dir "
-        "to another disk. Nothing that was complete has been overwritten."
+        "Free space there (old runs and their checkpoints/ are the largest) or write to another "
+        "disk (output_dir=… of a run, out=… of an export). "
+        "Nothing that was complete has been overwritten."
     )
 
 

@@ -191,7 +191,8 @@ def fix_rows(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -
             model.set_submodule(name, KeptLinear(module))
 
 
-def _spec(arguments: Any) -> QuantSpec:
+def spec_of(arguments: Any) -> QuantSpec:
+    """The spec of a weight from its compressed-tensors arguments; integer codes."""
     size = {} if arguments.group_size is None else {"group_size": arguments.group_size}
     return QuantSpec(
         bits=arguments.num_bits,
@@ -213,7 +214,7 @@ def _build(
 ) -> nn.Module:
     """The packed layer."""
     name, module, group = layer.name, layer.module, layer.group
-    spec = _spec(group.weights)
+    spec = spec_of(group.weights)
     shape = (module.out_features, module.in_features)
     packed = f"{name}.weight_packed" in files
     codes_name = f"{name}.weight_packed" if packed else f"{name}.weight"
@@ -226,7 +227,10 @@ def _build(
     codes = files.get(codes_name)
     scale = files.get(f"{name}.weight_scale")
     scale = scale.reshape(-1, 1) if spec.granularity == "tensor" else scale
-    zero_point = None if spec.symmetric else _zero_point(name, files, spec, shape, scale)
+    zero_point = None
+    if not spec.symmetric:
+        stored = files.get(f"{name}.weight_zero_point")
+        zero_point = unpack_zero_point(stored, spec.bits, shape[0]).reshape(scale.shape)
     bias = None if module.bias is None else files.get(f"{name}.bias").to(device, dtype)
     if not packed and (codes.dtype != torch.int8 or tuple(codes.shape) != shape):
         raise UserError(
@@ -245,11 +249,8 @@ def _build(
         raise UserError(f"{name}: {error}") from error
 
 
-def _zero_point(
-    name: str, files: TensorFiles, spec: QuantSpec, shape: tuple[int, int], scale: Tensor
-) -> Tensor:
-    """int8 zero points of the shape of scale; group and channel ones are packed along N."""
-    stored = files.get(f"{name}.weight_zero_point")
+def unpack_zero_point(stored: Tensor, bits: int, rows: int) -> Tensor:
+    """int8 zero points from what is stored; those of groups and channels are packed along N."""
     if stored.dtype == torch.int32:
-        return unpack(stored.t().contiguous(), spec.bits, shape[0]).t().contiguous()
-    return stored.to(torch.int8).reshape(scale.shape)
+        return unpack(stored.t().contiguous(), bits, rows).t().contiguous()
+    return stored.to(torch.int8)

@@ -54,7 +54,9 @@ class Bitsandbytes:
         """Integer codes (fatal), and an adapter, which a base does not hold."""
         if source.kind != "bitsandbytes":
             why = "its codes are integers times a scale, and bitsandbytes stores NF4 or FP4"
-            nearest = "format=gptq_v2, or format=bitsandbytes of the run's nf4/ directory"
+            nearest = (
+                "format=compressed-tensors, or format=bitsandbytes of the run's nf4/ directory"
+            )
             return [Loss("the integer codes", why, nearest, writable=False)]
         if not source.has_adapter:
             return []

@@ -6,6 +6,8 @@ The artifact itself is compressed-tensors; this export differs where engines nee
 - scales in the model's dtype, because that is what engines hold them in (vLLM converts on loading);
 - weight-only scales per tensor become scales per row, which is the same function: engines know
   weight-only layers by row and by group;
+- scales of experts too, though plain transformers then rounds their weights to that dtype: it
+  needs the artifact itself, which has them in fp32;
 - asymmetric weights with zero points packed along N, as the artifact has them: vLLM reads them,
   plain transformers 5 does not (it stumbles over their shape), so it needs the artifact itself.
 
@@ -55,6 +57,14 @@ ASYMMETRIC = """
 The weights are asymmetric: plain transformers 5 does not read their zero points in this layout. Use
 the artifact that this was made from with it.
 """
+EXPERTS = """
+Plain transformers multiplies experts in the dtype of their scales, which engines want in 16 bit: it
+reads other weights than were trained. Use the artifact that this was made from with it.
+"""
+OTHER = """
+Plain transformers does not read all of these layers in this layout. Use the artifact that this was
+made from with it.
+"""
 
 
 class CompressedTensors:
@@ -82,9 +92,7 @@ class CompressedTensors:
         write_shards(_tensors(source, dtype), directory, "export compressed-tensors")
         write_config(source, directory, engine_config(source.quantization), notes, dtype)
         copy_side_files(source, directory)
-        symmetric = all(info.spec.symmetric for info in source.matrices.values())
-        served = "```sh\nvllm serve .   # this directory\n```\n"
-        self.use = served + (PLAIN if symmetric else ASYMMETRIC)
+        self.use = "```sh\nvllm serve .   # this directory\n```\n" + _plain(source)
 
     def read(self, source: Source, directory: Path) -> Iterator[ReadMatrix | ReadTensor]:
         """What the package compressed-tensors unpacks and dequantizes, by the written config."""
@@ -98,9 +106,21 @@ class CompressedTensors:
                 parts = _parts(files, name)
                 used |= {f"{name}.{part}" for part in parts}
                 yield _read_matrix(name, parts, scheme)
-                if "input_scale" in parts:
+                if info.inputs is not None and not info.inputs.dynamic:
+                    if "input_scale" not in parts:
+                        raise FidelityError(f"{name}.input_scale is missing")
                     yield ReadTensor(f"{name}.input_scale", parts["input_scale"])
             yield from read_kept(source, files, used)
+
+
+def _plain(source: Source) -> str:
+    """What the card says of plain transformers."""
+    if not all(info.spec.symmetric for info in source.matrices.values()):
+        return ASYMMETRIC
+    if any(".experts." in name for name in source.matrices):
+        return EXPERTS
+    # what the artifact declares where its own layout is read in no other way
+    return OTHER if source.quantization.get("dequantize") else PLAIN
 
 
 def engine_config(section: dict[str, Any]) -> dict[str, Any]:

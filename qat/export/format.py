@@ -23,6 +23,8 @@ class Loss:
     """The nearest format (and option) that can, as it is written on the command line."""
     writable: bool = True
     """Whether ``allow_lossy=true`` can write it all the same."""
+    everywhere: bool = False
+    """Whether any tensor may differ by it; else, at most the one that ``what`` names."""
 
 
 @dataclass(frozen=True)

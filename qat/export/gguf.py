@@ -43,6 +43,7 @@ from qat.export.gguf_families import (
     rope_factors,
 )
 from qat.export.gguf_tokenizer import Vocabulary, add_vocabulary, chat_template, read_vocabulary
+from qat.export.hf_directory import is_exact, model_dtype
 from qat.export.run import ExportOptions
 from qat.export.source import Source
 from qat.tensor_files import read_json
@@ -127,7 +128,11 @@ class Gguf:
             )
         for name, choice in plan.choices.items():
             if choice.problem is not None:
-                found.append(Loss(name.removesuffix(".weight"), choice.problem, NEAREST))
+                module = name.removesuffix(".weight")
+                # compressed-tensors keeps scales in the model's dtype
+                fits = is_exact(source.scale(module), model_dtype(source))
+                nearest = NEAREST if fits else "format=merged dtype=float32"
+                found.append(Loss(module, choice.problem, nearest))
         return found
 
     def write(self, source: Source, directory: Path, notes: dict[str, Any]) -> None:

@@ -68,16 +68,18 @@ def layout_losses(source: Source, name: str, widths: Sequence[int], along_k: boo
         return losses
     grid = grid_of(source, widths)
     nearest = "format=compressed-tensors"
+    inputs = input_losses(source)
     for layer, info in source.matrices.items():
         if info.spec.bits > widths[-1]:
             why = f"it has codes of {info.spec.bits} bits, the format has at most {widths[-1]}"
-            losses.append(Loss(layer, why, "format=gptq_v2", writable=False))
+            wider = nearest if inputs else "format=gptq_v2"
+            losses.append(Loss(layer, why, wider, writable=False))
         n, k = source.shape(layer)
         for features, what in [(n, "output"), (k, "input")][: 2 if along_k else 1]:
             if features * grid.bits % 32:
                 why = f"its {features} {what} features of {grid.bits} bits do not fill 32-bit words"
                 losses.append(Loss(layer, why, nearest, writable=False))
-    return [*losses, *scale_losses(source, SCALE_DTYPE), *input_losses(source)]
+    return [*losses, *scale_losses(source, SCALE_DTYPE), *inputs]
 
 
 def outside_blocks(name: str) -> bool:

@@ -6,7 +6,8 @@ takes the first of float16, bfloat16 and float32 that holds every value: symmetr
 float32 gives the trained model then.
 
 From ``nf4/``: W + s B A in fp32, rounded once to the dtype. The trained model multiplies by W and
-by B A apart, so the sum is not what it computes bit for bit: a loss, whose size is measured.
+by B A apart, so the sum is not what it computes bit for bit: a loss. What is measured is the
+rounding of the sum to the dtype, nothing in float32.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -73,7 +74,7 @@ class Merged:
             first = next((n for n, v in _values(source) if not is_exact(v, self.dtype)), None)
             if first is not None:
                 why = f"its values are not exact in {self.asked}"
-                losses = [Loss(first, why, "format=merged dtype=auto")]
+                losses = [Loss(first, why, "format=merged dtype=auto", everywhere=True)]
         return [*losses, *input_losses(source)]
 
     def _adapter_losses(self) -> list[Loss]:
@@ -82,7 +83,7 @@ class Merged:
         if self.dtype != torch.float32:
             why += f"; and the sum is rounded to {dtype_name(self.dtype)}"
         nearest = "format=bitsandbytes for the base and format=peft for its adapter"
-        return [Loss("the adapter", why, nearest)]
+        return [Loss("the adapter", why, nearest, everywhere=True)]
 
     def write(self, source: Source, directory: Path, notes: dict[str, Any]) -> None:
         """See the module."""

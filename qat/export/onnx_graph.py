@@ -153,7 +153,7 @@ def trace(model: PreTrainedModel, names: list[str]) -> Any:
     ]
     free, free_cache = {0: DYNAMIC, 1: DYNAMIC}, {0: DYNAMIC, 2: DYNAMIC}
     shapes = (free, free, free, [(free_cache,) * 2] * layers, dict.fromkeys(weights))
-    steps = tqdm(total=2, desc="graph", delay=2, leave=False)
+    steps = tqdm(total=2, desc="graph", delay=2, leave=False, disable=None)
     with steps, torch.no_grad(), _quiet():
         program = torch.export.export(
             _Step(model), (*tokens, cache, weights), dynamic_shapes=shapes, strict=False
@@ -296,7 +296,7 @@ def save(model: Any, path: Path, facts: Mapping[str, str]) -> None:
     model.metadata_props.update(facts)
     model.graph.name = "model"
     model.producer_name, model.producer_version = facts["converter"].split(" ", 1)
-    with tqdm(desc="weights", delay=2, leave=False) as bar:
+    with tqdm(desc="weights", delay=2, leave=False, disable=None) as bar:
 
         def progress(_: Any, position: Any) -> None:
             bar.total = position.total

@@ -38,7 +38,9 @@ def read_model(path: Path, kept: set[str]) -> Iterator[ReadMatrix | ReadTensor]:
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     tensors = sorted(kept & stored.keys())
-    with tqdm(total=len(nodes) + len(tensors), desc="read back", delay=2, leave=False) as bar:
+    with tqdm(
+        total=len(nodes) + len(tensors), desc="read back", delay=2, leave=False, disable=None
+    ) as bar:
         for name in tensors:
             values = _array(stored[name], path.parent).astype(np.float32)
             yield ReadTensor(name, torch.from_numpy(values))

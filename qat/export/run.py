@@ -1,5 +1,6 @@
 """``qat export``: check what would be lost, write, read back, describe; whole or not at all."""
 
+import errno
 import hashlib
 import importlib
 import json
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from qat import __version__
 from qat.artifact import MANIFEST, staged_directory, verify, write_manifest
-from qat.errors import UserError
+from qat.errors import UserError, disk_is_full
 from qat.export.card import export_card
 from qat.export.compare import ReadBack, read_back
 from qat.export.format import Format, Loss, Selective
@@ -55,6 +56,10 @@ class ExportOptions:
     """Only for format=merged: dtype of the weights; auto takes the smallest that is exact."""
 
 
+LONGEST_NAME = 200
+"""Bytes of the name of an output."""
+
+
 @dataclass(frozen=True)
 class ExportReport:
     """What was written and what an outside reader found in it."""
@@ -92,8 +97,11 @@ class ExportReport:
         """Lines for people."""
         lines = [f"{self.out}: {self.format}, {self.size_bytes:,} bytes", self.read_back.summary()]
         if self.exact:
-            return "\n".join([*lines, "exact: the same codes and scales as the artifact"])
+            what = "codes and scales" if self.read_back.matrices else "values"
+            return "\n".join([*lines, f"exact: the same {what} as the artifact"])
         lines.append("lossy, as allow_lossy=true allows:")
+        if self.read_back.exact:
+            lines[-1] = "lossy, as allow_lossy=true allows (what it changes was not measured):"
         return "\n".join([*lines, *(f"  {loss.what}: {loss.reason}" for loss in self.losses)])
 
 
@@ -113,14 +121,15 @@ def export(artifact: Path | str, options: ExportOptions) -> ExportReport:
     path = Path(artifact)
     handler = load_format(options)
     # before anything is read: hashing a large artifact takes minutes
-    _refuse_out(path, Path(options.out).expanduser(), handler.suffix)
+    out = Path(options.out).expanduser()
+    _refuse_out(path, out, handler.suffix)
     with ExitStack() as stack:
         source = Source(path, stack)
         _check_source(path)
         losses = tuple(handler.losses(source))
         _refuse(losses, options)
         digest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
-        with _destination(Path(options.out).expanduser(), handler.suffix) as directory:
+        with _naming_a_full_disk(out), _destination(out, handler.suffix) as directory:
             notes = {
                 "converter": f"qat-lightning {__version__}",
                 "source_sha256": digest,
@@ -130,8 +139,8 @@ def export(artifact: Path | str, options: ExportOptions) -> ExportReport:
             # whatever the source holds must be found again in the output
             names = handler.expected(source) if isinstance(handler, Selective) else source.names
             found = read_back(source, handler.read(source, directory), handler.reader, names)
-            if not losses and not found.exact:
-                wrong = [*found.differences, *(f"{n}: not found" for n in found.not_compared)]
+            wrong = _unexplained(found, losses)
+            if wrong:
                 raise FidelityError(
                     f"{options.format}: {found.reader} does not read what was trained "
                     f"({len(wrong)} differences, first: {wrong[0]}); nothing was written"
@@ -152,6 +161,16 @@ def load_format(options: ExportOptions) -> Format:
     module, _, name = FORMATS[options.format].partition(":")
     made: Format = getattr(importlib.import_module(module), name)(options)
     return made
+
+
+def _unexplained(found: ReadBack, losses: tuple[Loss, ...]) -> list[str]:
+    """Differences that no loss accounts for: what is allowed to be lossy is so in these alone."""
+    if any(loss.everywhere for loss in losses):
+        expected = [line.partition(":")[0] for line in found.differences]
+    else:
+        expected = [loss.what for loss in losses]
+    wrong = [line for line in found.differences if line.partition(":")[0] not in expected]
+    return [*wrong, *(f"{name}: not found" for name in found.not_compared)]
 
 
 def _check_source(path: Path) -> None:
@@ -177,6 +196,17 @@ def _refuse(losses: tuple[Loss, ...], options: ExportOptions) -> None:
     if not fatal:
         message += "; or write it all the same with allow_lossy=true"
     raise UserError(message)
+
+
+@contextmanager
+def _naming_a_full_disk(out: Path) -> Iterator[None]:
+    """Let the error of a full disk name the output; of the writers' own, few say where it was."""
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
 
 
 @contextmanager
@@ -207,7 +237,13 @@ def _report_of(out: Path) -> Path:
 
 
 def _refuse_out(artifact: Path, out: Path, suffix: str | None) -> None:
-    """Raise UserError for an output that is there, or that would become part of the artifact."""
+    """Raise UserError for an output that is there, cannot be, or would be part of the artifact."""
+    # while it is written, the name is longer by some characters, and file systems allow 255 bytes
+    if len(os.fsencode(out.name)) > LONGEST_NAME:
+        raise UserError(f"out={out}: longer than {LONGEST_NAME} bytes; choose a shorter name")
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise UserError(f"out={out}: {parent} is no directory that you may write into")
     if out.resolve().is_relative_to(artifact.resolve()):
         raise UserError(
             f"out={out}: lies in the artifact, which would no longer be what its manifest says; "

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
 from qat.errors import UserError
+from qat.packed_plan import spec_of, unpack_zero_point
 from qat.runtime import read_artifact_config
 from qat.tensor_files import TensorFiles, read_json
 from qat_kernels import QuantSpec
@@ -148,18 +149,8 @@ class Source:
         arguments = group.weights
         if arguments is None or arguments.type != "int":
             raise UserError(f"{name}: weights={arguments}; integer codes are expected")
-        size = {} if arguments.group_size is None else {"group_size": arguments.group_size}
-        spec = QuantSpec(
-            bits=arguments.num_bits,
-            symmetric=arguments.symmetric,
-            # compressed-tensors keeps it as text or as its enumeration
-            granularity=QuantizationStrategy(arguments.strategy).value,
-            # the grid is how scales were found; here they are given
-            grid="absmax",
-            **size,
-        )
         packed = f"{name}.weight_packed" in self.files
-        return MatrixInfo(name, spec, group.input_activations, packed)
+        return MatrixInfo(name, spec_of(arguments), group.input_activations, packed)
 
     @cached_property
     def kept(self) -> list[str]:
@@ -219,11 +210,9 @@ class Source:
         spec = self.matrices[name].spec
         if spec.symmetric:
             return None
-        zero_point = self._part(name, "weight_zero_point")
-        if zero_point.dtype == torch.int32:
-            packed = zero_point.t().contiguous()
-            zero_point = unpack(packed, spec.bits, self.shape(name)[0]).t().contiguous()
-        return zero_point.to(torch.int8).reshape(self.scale(name).shape)
+        stored = self._part(name, "weight_zero_point")
+        zero_point = unpack_zero_point(stored, spec.bits, self.shape(name)[0])
+        return zero_point.reshape(self.scale(name).shape)
 
     def _part(self, name: str, part: str) -> Tensor:
         stored = f"{name}.{part}"

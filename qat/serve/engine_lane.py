@@ -211,7 +211,11 @@ class Lane:
         for output in outputs:
             sequence = self._sequences.get(output.request_id)
             if sequence is None:
-                continue  # cancelled
+                # cancelled. Once more: transformers forgets a cancellation that it reads before
+                # the request, when both come between its looks at the two queues
+                if not output.is_finished():
+                    self._manager.cancel_request(output.request_id)
+                continue
             news.append((sequence, sequence.events(output)))
             if output.is_finished():
                 self._take(output.request_id)

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+LONGEST_MESSAGE = 1000
+"""Characters. A message may quote the request, which can be megabytes."""
+
 
 class ApiError(Exception):
     """A request that cannot be answered, with the HTTP status and the body of the refusal."""
@@ -16,6 +19,8 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ) -> None:
         """Args: see `body`; retry_after: seconds after which the client may ask again."""
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[:LONGEST_MESSAGE]}..."
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}

@@ -74,9 +74,15 @@ class ServeOptions(EngineOptions):
         """The API key: the option, else the environment variable.
 
         Raises:
-            ValueError: the variable is set but empty, which could open a server by accident.
+            ValueError: it is set but empty, which could open a server by accident.
         """
-        found = os.environ.get(API_KEY) if self.api_key is None else self.api_key
-        if found is not None and not found.strip():
-            raise ValueError(f"{API_KEY} is set but empty; unset it to serve without a key")
-        return found
+        if self.api_key is not None:
+            found, source = self.api_key, "api_key"
+        elif API_KEY in os.environ:
+            found, source = os.environ[API_KEY], API_KEY
+        else:
+            return None
+        # a header loses its outer blanks on the way
+        if not found.strip():
+            raise ValueError(f"{source} is set but empty; leave it unset to serve without a key")
+        return found.strip()

@@ -9,7 +9,7 @@ Reference: the OpenAI API, "Create chat completion" and "Create completion".
 import json
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from qat.errors import did_you_mean
@@ -54,6 +54,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 MAX_STOPS = 4
 MAX_LOGPROBS = 20
+LONGEST_NAME = 64
+"""Characters of a parameter's name that are compared with the known ones."""
+MAX_ITEMS = 4096
+"""Messages or prompts of one request: checking them all keeps everyone waiting meanwhile."""
 Request = TypeVar("Request", bound="GenerationRequest")
 
 
@@ -83,7 +87,8 @@ class GenerationRequest(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    # JSON's integers have no end, and Python prints none of more than 4300 digits
+    n: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -168,7 +173,7 @@ class Message(BaseModel):
 class ChatRequest(GenerationRequest):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS), FailFast()]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -208,10 +213,12 @@ class CompletionRequest(GenerationRequest):
             return [value]
         if isinstance(value, list) and value:
             # bool is an int of Python's, but no token id
-            if all(type(item) is str for item in value):
-                return value
             if all(type(item) is int for item in value):
                 return [value]
+            if len(value) > MAX_ITEMS:
+                raise _wrong(f"{len(value)} prompts, at most {MAX_ITEMS} are read")
+            if all(type(item) is str for item in value):
+                return value
             if all(
                 isinstance(item, list) and item and all(type(i) is int for i in item)
                 for item in value
@@ -294,7 +301,7 @@ def _check_extra(schema: type[BaseModel], name: str, value: Any, n: int) -> None
         known = [*schema.model_fields, *HARMLESS]
         raise ApiError(
             400,
-            f"{name}: no such parameter.{did_you_mean(name, known)}",
+            f"{name}: no such parameter.{did_you_mean(name[:LONGEST_NAME], known)}",
             param=name,
             code="unknown_parameter",
         )

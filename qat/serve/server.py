@@ -130,6 +130,7 @@ async def _run(service: "Service", listener: socket.socket, options: ServeOption
     import uvicorn
 
     from qat.serve.app import create_app
+    from qat.serve.connection import Connection
 
     class Server(uvicorn.Server):
         @contextmanager
@@ -140,6 +141,7 @@ async def _run(service: "Service", listener: socket.socket, options: ServeOption
     server = Server(
         uvicorn.Config(
             create_app(service),
+            http=Connection,
             lifespan="off",
             log_level="info" if options.access_log else "warning",
             access_log=options.access_log,

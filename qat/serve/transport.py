@@ -145,7 +145,8 @@ class Gate:
 def error_response(error: ApiError) -> Response:
     """The reply to a refused request."""
     headers = dict(error.headers)
-    if error.status in (413, 503):
+    # uvicorn ends the connection behind a failure, which the client should know of
+    if error.status in (413, 500, 503):
         headers["Connection"] = "close"
     return JSONResponse(error.body(), error.status, headers)
 

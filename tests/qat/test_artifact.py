@@ -396,6 +396,7 @@ def test_plots_that_cannot_be(made, tmp_path, capsys):
     assert "exists already" in refused(tmp_path / "there.png")
     assert "ending in .png" in refused(tmp_path / "x.pdf")
     assert "create it first" in refused(tmp_path / "no" / "x.png")
+    assert "lies in the artifact" in refused(made / "x.png")
     save_file({"a.weight": torch.ones(2, 2)}, made / "model.safetensors")
     assert "no quantized matrix" in refused(tmp_path / "x.png")
     assert (tmp_path / "there.png").read_text() == "x"

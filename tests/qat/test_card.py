@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from qat.adapter_card import nf4_card
 from qat.card import CardFacts, model_card
 from qat.card_tables import _ranges, kind_of, layer_table
 from qat.evaluate import Quality
@@ -305,10 +306,51 @@ def test_an_export_takes_the_card_over(report, facts, tmp_path):
     (tmp_path / "README.md").write_text(model_card(report, facts))
     found = {
         "format": "gguf", "exact": True, "converter": "x", "source_sha256": "y", "losses": [],
-        "read_back": {"reader": "gguf", "matrices": 1, "tensors": 2},
+        "read_back": {
+            "reader": "gguf", "matrices": 1, "tensors": 2, "differences": [], "not_compared": [],
+        },
     }  # fmt: skip
     card = export_card(tmp_path, found, "how to load it")
     assert "how to load it" in section(card, "Use")
     assert "from_pretrained" not in card
     assert section(card, "Known degradations")
     assert front(card)["base_model_relation"] == "quantized"
+    assert "gguf" in front(card)["tags"]
+    assert "compressed-tensors" not in front(card)["tags"]
+    # what the source says of its own directory does not stand above what was done to it
+    assert card.index("## Conversion") < card.index("The weights in this directory")
+
+
+@pytest.mark.parametrize(
+    ("form", "library", "relation", "tags"),
+    [
+        ("bitsandbytes", "transformers", "quantized", ["qlora", "lora", "bitsandbytes"]),
+        ("merged", "transformers", "finetune", ["qlora", "lora"]),
+        ("peft", "peft", "adapter", ["qlora", "lora", "peft"]),
+    ],
+)
+def test_an_export_of_an_adapter_run_is_no_base_with_its_adapter(
+    form, library, relation, tags, tmp_path
+):
+    facts = {"quantizer": {"dtype": "float32"}, "base_sha256": "ab"}
+    (tmp_path / "README.md").write_text(nf4_card("org/model", facts, None))
+    lost = [] if form == "peft" else [{"what": "adapter", "reason": "none"}]
+    found = {
+        "format": form, "exact": not lost, "converter": "x", "source_sha256": "y", "losses": lost,
+        "read_back": {
+            "reader": "r", "matrices": 0, "tensors": 2, "differences": [], "not_compared": [],
+        },
+    }  # fmt: skip
+    card = export_card(tmp_path, found, "how to load it")
+    assert front(card) == {
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+        "base_model": "org/model",
+        "base_model_relation": relation,
+    }
+    assert f"# model ({form})" in card
+    assert 'from_pretrained(base, "adapter")' not in card
+    # no figure where nothing was measured
+    assert "relative error" not in card
+    assert ("Each of the 2 tensors" in card) == bool(lost)

@@ -579,6 +579,7 @@ def test_full_disk_is_one_message(capsys, tmp_path):
     for error in (
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         RuntimeError("I/O error: No space left on device (os error 28)"),
+        OSError("147456 requested and 72512 written"),
     ):
         assert run_main(raiser(error)) == 1
         assert capsys.readouterr().err.startswith("error: the disk is full: ")

@@ -62,7 +62,7 @@ def refusal(scheme, form):
     """Pattern of the error that a scheme gives with a format; empty when it is carried exactly."""
     if scheme in ("w8a8", "w8a8 static") and form != "compressed-tensors":
         inputs = r"quantized inputs .* nearest .*format=compressed-tensors"
-        return r"codes of 8 bits" if form == "awq" else inputs
+        return r"codes of 8 bits.*: format=compressed-tensors$" if form == "awq" else inputs
     if form == "awq" and scheme in ("int5", "int8", "asymmetric int8"):
         return r"has codes of \d bits, the format has at most 4.* nearest .*: format=gptq_v2"
     if form == "awq" and scheme == "quantized head":
@@ -202,6 +202,24 @@ def test_a_scale_per_tensor_becomes_one_per_row(artifacts, tmp_path):
     assert tuple(scale.shape) == (128, 1)
 
 
+@pytest.mark.parametrize(
+    ("family", "plain_reads_it"), [("llama", True), ("qwen3_moe", False), ("falcon", False)]
+)
+def test_the_card_says_whether_plain_transformers_computes_the_same(
+    family, plain_reads_it, tmp_path
+):
+    source, out = make_artifact(tmp_path / "artifact", family), tmp_path / "out"
+    assert export(source, options("compressed-tensors", out)).exact
+    try:
+        same = torch.equal(logits(plain(out)), logits(plain(source)))
+    except (ValueError, RuntimeError, AttributeError):
+        same = False
+    assert same == plain_reads_it
+    card = (out / "README.md").read_text()
+    assert ("with the logits that\nwere trained" in card) == same
+    assert ("Use the artifact that" in card.replace("\n", " ")) != same
+
+
 def test_w8a8_is_declared_as_it_was_trained(artifacts, tmp_path):
     source = artifacts("w8a8 static")
     report = export(source, options("compressed-tensors", tmp_path / "out"))
@@ -225,6 +243,19 @@ def test_read_back_sees_inputs_that_are_declared_otherwise(artifacts, tmp_path, 
     monkeypatch.setattr(CompressedTensors, "write", wrong)
     with pytest.raises(FidelityError, match="inputs are declared otherwise"):
         export(artifacts("w8a8"), options("compressed-tensors", tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_read_back_misses_a_static_scale(artifacts, tmp_path, monkeypatch):
+    write = CompressedTensors.write
+
+    def wrong(self, source, directory, notes):
+        write(self, source, directory, notes)
+        rewrite(directory / "model.safetensors", lambda t: t.pop(f"{LAYER}.input_scale"))
+
+    monkeypatch.setattr(CompressedTensors, "write", wrong)
+    with pytest.raises(FidelityError, match=f"{LAYER}.input_scale is missing"):
+        export(artifacts("w8a8 static"), options("compressed-tensors", tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 

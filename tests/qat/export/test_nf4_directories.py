@@ -105,9 +105,10 @@ def test_weights_that_bitsandbytes_computes_otherwise_are_noticed(source, tmp_pa
     monkeypatch.setattr(
         bitsandbytes_module, "dequantized", lambda *given: dequantized(*given) * 1.5
     )
-    report = export(source, options("bitsandbytes", tmp_path / "out", allow_lossy=True))
-    assert len(report.read_back.differences) == 14
-    assert report.read_back.relative_error == pytest.approx(0.5)
+    # the adapter may be left out; what is written must be right all the same
+    with pytest.raises(FidelityError, match=r"14 differences, .* relative error 5.00e-01"):
+        export(source, options("bitsandbytes", tmp_path / "out", allow_lossy=True))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_copy_is_noticed(source, tmp_path, monkeypatch):

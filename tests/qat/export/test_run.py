@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from qat import cli
 from qat.errors import UserError
 from qat.export import ExportOptions, export
 from qat.export.compare import read_back, relative_error
 from qat.export.format import ReadTensor
 from qat.export.source import Source
+from qat.fidelity import FidelityError
+from qat.scheme import InputSpec, Scheme
 from qat.verify import verify
+from qat_kernels import QuantSpec
 from tests.qat.export.artifacts import make_artifact
 
 
@@ -67,6 +71,16 @@ def test_an_interrupted_last_step_leaves_nothing(failing, artifact, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("file/x", "file is no directory"), (201 * "x", "choose a shorter name")]
+)
+def test_an_output_that_cannot_be_is_refused(name, said, artifact, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=said):
+        export(artifact, options("merged", tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_dtype_that_the_format_does_not_have_is_refused(artifact, tmp_path):
     with pytest.raises(UserError, match="only format=merged has a choice of dtype"):
         export(artifact, options("gguf", tmp_path / "out", dtype="float16"))
@@ -93,3 +107,42 @@ def test_what_is_no_number_must_be_found_where_it_was(found, equal, artifact):
 
 def test_an_error_that_is_no_number_is_the_largest():
     assert relative_error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
+
+
+def test_an_allowed_loss_does_not_hide_others(tmp_path, monkeypatch):
+    """What is lost here are quantized inputs; codes that differ are an error all the same."""
+    from qat.export import gguf
+
+    int8 = QuantSpec(bits=8, granularity="channel", grid="absmax")
+    scheme = Scheme(weight=int8, input=InputSpec())
+    source = make_artifact(tmp_path / "artifact", "llama", scheme)
+    report = export(source, options("gguf", tmp_path / "right", allow_lossy=True))
+    assert report.read_back.exact
+    assert not report.exact
+    assert "what it changes was not measured" in report.text()
+    pack = gguf.pack
+
+    def wrong(matrix, kind):
+        data = pack(matrix, kind).copy()
+        data[0, 5] ^= 1
+        return data
+
+    monkeypatch.setattr(gguf, "pack", wrong)
+    with pytest.raises(FidelityError, match="14 differences"):
+        export(source, options("gguf", tmp_path / "wrong", allow_lossy=True))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_full_disk_is_named(artifact, tmp_path, monkeypatch, capsys):
+    """numpy, with which gguf writes, says neither where nor why."""
+
+    def full(self, tensor):
+        raise OSError("147456 requested and 72512 written")
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", full)
+    out = tmp_path / "m.gguf"
+    assert cli.main(["export", str(artifact), "format=gguf", f"out={out}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: the disk is full while writing {out}: ")
+    assert f"MiB left for {tmp_path}. " in error
+    assert list(tmp_path.iterdir()) == []

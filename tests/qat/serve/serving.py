@@ -25,6 +25,7 @@ from qat.models import load_model, load_tokenizer
 from qat.prepare import prepare
 from qat.scheme import Scheme
 from qat.serve.app import create_app
+from qat.serve.connection import Connection
 from qat.serve.engine import Engine
 from qat.serve.prompts import Prompts
 from qat.serve.service import Service, Settings
@@ -58,7 +59,9 @@ class RunningServer:
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(create_app(service), lifespan="off", log_level="critical")
+        config = uvicorn.Config(
+            create_app(service), http=Connection, lifespan="off", log_level="critical"
+        )
         self.server = uvicorn.Server(config)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.thread = threading.Thread(target=asyncio.run, args=(self._serve(),))
@@ -122,7 +125,7 @@ def started(artifact: Path, *words: str, **environment: str) -> Iterator[tuple[A
         process.stderr.close()
 
 
-def wait_until(condition: Any, seconds: float = 20.0) -> None:
+def wait_until(condition: Any, seconds: float = 60.0) -> None:
     """Wait for a condition; fail when it does not come about."""
     end = time.monotonic() + seconds
     while not condition():

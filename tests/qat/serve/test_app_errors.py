@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import time
 
 import httpx
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from qat.serve.engine import Engine, EngineOptions
+from qat.serve.errors import ApiError
 from qat.serve.prompts import Prompts
+from qat.serve.protocol import ChatRequest, CompletionRequest, parse
 from tests.qat.serve.serving import idle, running, wait_until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -74,6 +77,10 @@ REFUSED = [
     (text(n=0), "n", "invalid_value", ""),
     (text(n=65), "n", "invalid_value", "at most 64 in one request"),
     (text(prompt=["a"] * 33, n=2), "n", "invalid_value", "66 answers"),
+    (text(prompt=["a"] * 11, n=10**4299), "n", "invalid_value", "less than"),
+    (text(prompt=[[1]] * 5000), "prompt", "invalid_value", "5000 prompts, at most 4096"),
+    (text(prompt=["a"] * 5000), "prompt", "invalid_value", "5000 prompts, at most 4096"),
+    (chat(messages=[USER] * 5000), "messages", "invalid_value", "at most 4096 items"),
     (chat(seed="1"), "seed", "invalid_value", "integer"),
     (text(stream="yes"), "stream", "invalid_value", "boolean"),
     (text(stop=["a"] * 5), "stop", "invalid_value", "at most 4 strings"),
@@ -128,6 +135,26 @@ def test_bad_requests(server, request_, param, code, words):
     assert words in error["message"]
     if param is not None:
         assert error["param"] == param
+
+
+def test_messages_do_not_quote_megabytes(server):
+    reply = server.post(*chat(messages=[USER | {"role": "x" * 10**6}]))
+    assert reply.json()["error"]["message"].startswith("messages[0].role: 'xxx")
+    assert len(reply.content) < 2000
+
+
+@pytest.mark.parametrize(
+    ("schema", "start", "item"),
+    [(ChatRequest, b'{"messages": [', b"{}"), (CompletionRequest, b'{"prompt": [', b"[7]")],
+)
+def test_a_body_of_many_items_is_refused_at_once(schema, start, item):
+    """While a body is checked nobody else is answered; item by item this one takes 4 to 14 s."""
+    body = start + b",".join([item] * ((4 << 20) // (len(item) + 1) - 20)) + b"]}"
+    begin = time.thread_time()
+    with pytest.raises(ApiError) as caught:
+        parse(schema, body)
+    assert caught.value.status == 400
+    assert time.thread_time() - begin < 2.0
 
 
 def test_the_server_goes_on_after_bad_requests(server, engine):
@@ -302,6 +329,25 @@ def test_a_body_that_does_not_come(server, monkeypatch):
     headers = {"Content-Type": "application/json"}
     reply = httpx.post(server.url + TEXT, content=slowly(), headers=headers)
     assert (reply.status_code, reply.json()["error"]["code"]) == (408, "timeout")
+
+
+def test_a_head_that_does_not_come(server, monkeypatch):
+    monkeypatch.setattr("qat.serve.connection.HEAD_SECONDS", 0.3)
+    whole = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+
+    def replies(*parts):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(0.6)
+            return b"".join(iter(lambda: connection.recv(4096), b"")).count(b"200 OK")
+
+    # a recv() that gives nothing: the server has closed the connection
+    assert replies(b"") == 0
+    assert replies(b"GET /heal") == 0
+    assert replies(whole + b"GET /heal") == 1
+    # between two requests there is more time
+    assert replies(whole, whole, b"GET /heal") == 2
 
 
 def test_error_bodies_are_json_whatever_the_text(server):

@@ -83,11 +83,12 @@ def drain(server, seconds):
 def test_the_drain_answers_what_was_accepted(engine, prompts):
     with running(engine, prompts) as server, server.client() as client:
         options = {"model": "demo", "temperature": 0, "extra_body": {"ignore_eos": True}}
-        expected = client.completions.create(prompt="This", max_tokens=120, **options)
-        stream = client.completions.create(prompt="This", max_tokens=120, stream=True, **options)
+        options["max_tokens"] = 400  # so that they last while the drain is looked at
+        expected = client.completions.create(prompt="This", **options)
+        stream = client.completions.create(prompt="This", stream=True, **options)
         texts = [next(stream).choices[0].text]
         with ThreadPoolExecutor() as pool:
-            whole = pool.submit(client.completions.create, prompt="This", max_tokens=120, **options)
+            whole = pool.submit(client.completions.create, prompt="This", **options)
             wait_until(lambda: engine.stats().running == 2)
             drained = drain(server, 60)
             wait_until(lambda: server.service.lifecycle.draining)

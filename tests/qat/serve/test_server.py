@@ -48,29 +48,31 @@ def test_sigterm_under_load_loses_no_accepted_request(demo):
         assert "secret" not in printed
         assert "Ctrl-C to stop" in printed
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=120)
-        expected = client.completions.create(max_tokens=100, **GREEDY).choices[0].text
+        # long enough that all are there, and the refusals seen, before the first has ended
+        long = {"max_tokens": 200, **GREEDY}
+        expected = client.completions.create(**long).choices[0].text
         results, refused = [], []
 
         def stream(place):
-            chunks = client.completions.create(max_tokens=100, stream=True, **GREEDY)
+            chunks = client.completions.create(stream=True, **long)
             results.append("".join(chunk.choices[0].text for chunk in chunks))
 
         def whole(place):
-            results.append(client.completions.create(max_tokens=100, **GREEDY).choices[0].text)
+            results.append(client.completions.create(**long).choices[0].text)
 
         # more than the batch holds: some wait in the queue when the signal comes
         threads = [threading.Thread(target=(stream, whole)[i % 2], args=(i,)) for i in range(8)]
         for thread in threads:
             thread.start()
-        metrics = {"Authorization": "Bearer secret"}
+        # one connection: a new client for each look takes longer than an answer
+        with httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}) as looks:
 
-        def in_flight():
-            text = httpx.get(f"{url}/metrics", headers=metrics).text
-            return "\nqat_requests_in_flight 8.0\n" in text
+            def in_flight():
+                return "\nqat_requests_in_flight 8.0\n" in looks.get("/metrics").text
 
-        wait_until(in_flight)
-        process.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
+            wait_until(in_flight)
+            process.send_signal(signal.SIGTERM)
+            wait_until(lambda: looks.get("/health").status_code == 503)
         # while the answers go on, new requests are refused, and in the end nobody listens
         with contextlib.suppress(openai.APIConnectionError):
             while True:
@@ -87,9 +89,10 @@ def test_sigterm_under_load_loses_no_accepted_request(demo):
 
 
 def test_a_second_signal_ends_it_at_once(demo):
-    body = {"prompt": "This", "max_tokens": 1000, "stream": True} | IGNORE
+    # one after the other: more than can end before the second signal
+    body = {"prompt": "This", "max_tokens": 1000, "stream": True, "n": 16} | IGNORE
     with (
-        started(demo) as (process, url, _),
+        started(demo, "max_sequences=1") as (process, url, _),
         httpx.Client(base_url=url) as client,
         client.stream("POST", "/v1/completions", json=body) as reply,
     ):
@@ -98,7 +101,7 @@ def test_a_second_signal_ends_it_at_once(demo):
         process.send_signal(signal.SIGINT)
         wait_until(lambda: client.get("/health").status_code == 503)
         process.send_signal(signal.SIGINT)
-        assert process.wait(5) == 128 + signal.SIGINT
+        assert process.wait(20) == 128 + signal.SIGINT
 
 
 # --- start-up ------------------------------------------------------------------------------------
@@ -146,7 +149,9 @@ def test_the_key_comes_from_the_option_or_the_environment(demo, monkeypatch, cap
     assert ServeOptions().key is None
     monkeypatch.setenv(API_KEY, "a")
     assert ServeOptions().key == "a"
-    assert ServeOptions(api_key="b").key == "b"
+    assert ServeOptions(api_key=" b\n").key == "b"
+    with pytest.raises(ValueError, match="api_key is set but empty"):
+        _ = ServeOptions(api_key=" ").key
     # a variable that was to hold a key and does not must not open the server
     monkeypatch.setenv(API_KEY, "")
     assert cli.main(["serve", str(demo)]) == 2
@@ -265,7 +270,9 @@ def test_signals_reach_the_other_engine(tmp_path, number):
         "time.sleep(60)\n"
     )
     parent = (
-        "import sys; from qat.serve.child import Launch, supervise\n"
+        "import signal, sys; from qat.serve.child import Launch, supervise\n"
+        # under nohup it is inherited as ignored
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"sys.exit(supervise(Launch([sys.executable, '-c', {child!r}], {{}})))"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.DEVNULL)
