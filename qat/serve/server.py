@@ -6,6 +6,7 @@ requests are answered to their end, then the process exits with 0. Those that ta
 """
 
 import asyncio
+import gc
 import hashlib
 import os
 import signal
@@ -159,6 +160,9 @@ async def _run(service: "Service", listener: socket.socket, options: ServeOption
         listener.listen(2048)
     except OSError as error:
         raise _cannot_listen(options.host, options.port, error) from None
+    # what has been loaded stays: looking through it with each collection holds up every answer
+    gc.collect()
+    gc.freeze()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(stop.wait())
     print(greeting(service, listener, options), flush=True)

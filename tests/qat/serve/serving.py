@@ -74,15 +74,17 @@ class RunningServer:
         """The official client; it does not retry, so that refusals are seen."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
+    # verify=False: no certificates are loaded, which takes longer than most answers
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         """POST a body, JSON unless it is bytes already."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} | options.pop("headers", {})
-        return httpx.post(self.url + path, content=content, headers=headers, timeout=60, **options)
+        options |= {"headers": headers, "timeout": 60, "verify": False}
+        return httpx.post(self.url + path, content=content, **options)
 
     def metric(self, name: str) -> float:
         """One value of /metrics, written as there."""
-        rows = httpx.get(f"{self.url}/metrics").text.splitlines()
+        rows = httpx.get(f"{self.url}/metrics", verify=False).text.splitlines()
         found = [row.rpartition(" ")[2] for row in rows if row.rpartition(" ")[0] == name]
         assert len(found) == 1, f"{name}: {found}"
         return float(found[0])

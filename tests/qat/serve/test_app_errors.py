@@ -1,5 +1,6 @@
 """What the API refuses, and how: status, message, parameter and code in OpenAI's shape."""
 
+import gc
 import json
 import logging
 import socket
@@ -148,13 +149,23 @@ def test_messages_do_not_quote_megabytes(server):
     [(ChatRequest, b'{"messages": [', b"{}"), (CompletionRequest, b'{"prompt": [', b"[7]")],
 )
 def test_a_body_of_many_items_is_refused_at_once(schema, start, item):
-    """While a body is checked nobody else is answered; item by item this one takes 4 to 14 s."""
-    body = start + b",".join([item] * ((4 << 20) // (len(item) + 1) - 20)) + b"]}"
-    begin = time.thread_time()
-    with pytest.raises(ApiError) as caught:
-        parse(schema, body)
+    """While a body is checked nobody else is answered: it is read, and little more.
+
+    Item by item the check takes 5 and 35 times as long as reading the JSON.
+    """
+    body = start + b",".join([item] * 500_000) + b"]}"
+    gc.disable()  # its time depends on what else this process holds
+    try:
+        begin = time.thread_time()
+        json.loads(body)
+        read = time.thread_time() - begin
+        with pytest.raises(ApiError) as caught:
+            parse(schema, body)
+        whole = time.thread_time() - begin - read
+    finally:
+        gc.enable()
     assert caught.value.status == 400
-    assert time.thread_time() - begin < 2.0
+    assert whole < 3 * read
 
 
 def test_the_server_goes_on_after_bad_requests(server, engine):
@@ -332,14 +343,14 @@ def test_a_body_that_does_not_come(server, monkeypatch):
 
 
 def test_a_head_that_does_not_come(server, monkeypatch):
-    monkeypatch.setattr("qat.serve.connection.HEAD_SECONDS", 0.3)
+    monkeypatch.setattr("qat.serve.connection.HEAD_SECONDS", 0.2)
     whole = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
 
     def replies(*parts):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             for part in parts:
                 connection.sendall(part)
-                time.sleep(0.6)
+                time.sleep(0.4)
             return b"".join(iter(lambda: connection.recv(4096), b"")).count(b"200 OK")
 
     # a recv() that gives nothing: the server has closed the connection
