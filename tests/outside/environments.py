@@ -105,17 +105,18 @@ def build(directory: Path, name: str) -> dict[str, object]:
             pip = [str(interpreter(directory, name)), "-m", "pip", "uninstall", "--yes"]
             commands.append([*pip, *environment.remove])
         for command in commands:
+            allowed = limit()
             try:
                 subprocess.run(
                     command,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=os.environ | environment.variables,
-                    timeout=limit(),
+                    timeout=allowed,
                     check=True,
                 )
             except subprocess.TimeoutExpired:
-                reason = f"{' '.join(command[2:])} took more than {limit():.0f} s"
+                reason = f"{' '.join(command[2:])} took more than the {allowed:.0f} s left"
             except subprocess.CalledProcessError as error:
                 reason = f"{' '.join(command[2:])} failed with {error.returncode}; see {log.name}"
             if reason:
