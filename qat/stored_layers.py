@@ -1,7 +1,7 @@
 """Which tensors of an artifact belong to which layer, from safetensors headers alone."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +65,27 @@ def raw_bytes(path: Path, entry: TensorEntry) -> bytes:
         return file.read(entry.nbytes)
 
 
-def weight_spec(name: str, quantization: dict[str, Any]) -> dict[str, Any]:
-    """The weight arguments that compressed-tensors applies to a layer: names before classes."""
-    groups = list((quantization.get("config_groups") or {}).values())
+def covering(name: str, targets: Sequence[Sequence[str]]) -> int | None:
+    """Which of several lists of compressed-tensors' targets covers a layer; None if none does.
+
+    Names and patterns come before classes; of equals the first.
+    """
     by_class = None
-    for group in groups:
-        for target in group.get("targets") or []:
+    for index, group in enumerate(targets):
+        for target in group:
             is_pattern = target.startswith("re:")
             if target == name or (is_pattern and re.match(target[3:], name)):
-                return group.get("weights") or {}
+                return index
             if not is_pattern and "." not in target and by_class is None:
-                by_class = group.get("weights") or {}
-    return by_class or {}
+                by_class = index
+    return by_class
+
+
+def weight_spec(name: str, quantization: dict[str, Any]) -> dict[str, Any]:
+    """The weight arguments that compressed-tensors applies to a layer; empty if none."""
+    groups = list((quantization.get("config_groups") or {}).values())
+    index = covering(name, [group.get("targets") or [] for group in groups])
+    return {} if index is None else groups[index].get("weights") or {}
 
 
 def aligned(cells: Iterable[tuple[str, ...]]) -> list[str]:

@@ -7,7 +7,6 @@ an export holds one matrix at a time.
 Shape legend: N output features, K input features, G scales a row.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 from qat.errors import UserError
 from qat.packed_plan import spec_of, unpack_zero_point
 from qat.runtime import read_artifact_config
+from qat.stored_layers import covering
 from qat.tensor_files import TensorFiles, read_json
 from qat_kernels import QuantSpec
 from qat_kernels.numerics import dequantize, unpack
@@ -248,13 +248,8 @@ def group_of(name: str, parsed: QuantizationConfig) -> Any:
     Raises:
         UserError: no group covers it.
     """
-    by_class = None
-    for group in parsed.config_groups.values():
-        for target in group.targets:
-            if target == name or (target.startswith("re:") and re.match(target[3:], name)):
-                return group
-            if not target.startswith("re:") and "." not in target:
-                by_class = group
-    if by_class is None:
+    groups = list(parsed.config_groups.values())
+    index = covering(name, [group.targets for group in groups])
+    if index is None:
         raise UserError(f"{name}: no group of quantization_config covers it")
-    return by_class
+    return groups[index]

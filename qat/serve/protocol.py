@@ -7,6 +7,7 @@ Reference: the OpenAI API, "Create chat completion" and "Create completion".
 """
 
 import json
+from abc import abstractmethod
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
@@ -121,9 +122,9 @@ class GenerationRequest(BaseModel):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def top_logprobs_wanted(self) -> int | None:
         """How many alternatives to report beside each token; None: no log-probabilities."""
-        raise NotImplementedError
 
 
 class Message(BaseModel):

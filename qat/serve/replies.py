@@ -3,6 +3,7 @@
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from typing import Any, Protocol
 
@@ -43,7 +44,7 @@ class Reply(Protocol):
         """The answer in one."""
 
 
-class _Reply:
+class _Reply(ABC):
     """What both shapes share."""
 
     prefix: str
@@ -80,8 +81,9 @@ class _Reply:
             choices.append({**choice, "finish_reason": parts[-1].finish_reason})
         return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage}
 
+    @abstractmethod
     def _choice(self, index: int, text: str, tokens: list[Token]) -> Json:
-        raise NotImplementedError
+        """One whole answer, without its finish reason."""
 
 
 class ChatReply(_Reply):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from qat.errors import UserError
 from qat.kv_cache import KVCacheName
@@ -217,17 +218,18 @@ def test_logprobs_are_the_models(engine: Engine) -> None:
     ]
     model = load_packed(engine.path, torch.float32)  # type: ignore[attr-defined]
     for answer, count in zip(ask_alone(engine, jobs), (3, 0)):
-        ids = torch.tensor([[*prompt, *answer.tokens]])
-        logprobs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        expected = logprobs.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
-        # the model computes the whole text at once: other matmul shapes, sums of some 100 terms
-        torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-5, rtol=0)
-        best = logprobs.topk(3)
-        for place, top in enumerate(answer.top):
-            assert [token for token, _ in top] == best.indices[place, :count].tolist()
-            assert [value for _, value in top] == pytest.approx(
-                best.values[place, :count], abs=1e-5
-            )
+        # as `generate` computes: the prompt, then one token at a time, the head for the last only
+        cache, rows = DynamicCache(config=model.config), []
+        for piece in (prompt, *([token] for token in answer.tokens[:-1])):
+            options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            rows.append(model(torch.tensor([piece]), **options).logits[0, 0].log_softmax(-1))
+        assert answer.logprobs == [
+            float(row[token]) for row, token in zip(rows, answer.tokens, strict=True)
+        ]
+        for row, top in zip(rows, answer.top, strict=True):
+            best = row.topk(3)
+            expected = zip(best.indices.tolist(), best.values.tolist())
+            assert list(top) == list(expected)[:count]
 
 
 def test_stop_tokens(engine: Engine) -> None:
